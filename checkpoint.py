@@ -1,0 +1,97 @@
+"""Weight folders: `config.json` beside `model.safetensors`, written whole or not at all, read strictly.
+
+Not in the paper. The one file that every other may import: the codec and the model read and write alike.
+"""
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+def write_beside(path: Path, write) -> None:
+    """Calls write(temporary path), then renames it to `path`: a reader sees the old file or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes `content` as readable JSON, beside and renamed."""
+    write_beside(path, lambda p: p.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """Reads one JSON object. Raises ValueError, one line, where the file is missing or malformed."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_config(path: Path, kind):
+    """Reads the dataclass `kind` from a JSON file; every field must be there and none beside.
+
+    Raises ValueError, one line, naming the field that is missing, unknown or of another type.
+    """
+    content = read_json(path)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in fields.keys() - content.keys():
+        raise ValueError(f"{path}: field {name!r} is missing")
+    for name in content.keys() - fields.keys():
+        raise ValueError(f"{path}: unknown field {name!r}")
+    for name, value in content.items():
+        expected = fields[name].type
+        if isinstance(expected, type) and not isinstance(value, (int, float) if expected is float else expected):
+            raise ValueError(f"{path}: field {name!r} is {value!r}, expected {expected.__name__}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+
+
+def save_folder(directory: str | Path, model: nn.Module) -> None:
+    """Writes `model.config` and the model's tensors as `config.json` and `model.safetensors`."""
+    directory = Path(directory)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_beside(directory / "model.safetensors", lambda p: save_file(tensors, p))
+    write_json(directory / "config.json", dataclasses.asdict(model.config))
+
+
+def load_tensors(path: Path, model: nn.Module, device="cpu") -> None:
+    """Fills `model`, built on the meta device, from one safetensors file: each tensor once, each of its shape.
+
+    Raises ValueError, one line, for a file that is missing or truncated, and for a tensor that is missing,
+    unexpected or of another shape. Shapes are checked before the first byte is copied.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            for name in sorted(wanted.keys() | found.keys()):
+                if found.get(name) != wanted.get(name):
+                    raise ValueError(f"{path}: tensor {name!r} has shape {found.get(name, 'none: it is missing')}, "
+                                     f"expected {wanted.get(name, 'none: it is unknown here')}")
+            model.load_state_dict({name: file.get_tensor(name) for name in wanted}, strict=True, assign=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def load_folder(directory: str | Path, kind, config_kind, device="cpu"):
+    """Reads what `save_folder` wrote -> the model, in evaluation mode. Raises ValueError, one line, see above."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder of weights")
+    with torch.device("meta"):
+        model = kind(read_config(directory / "config.json", config_kind))
+    load_tensors(directory / "model.safetensors", model, device)
+    return model.eval()

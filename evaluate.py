@@ -1,0 +1,196 @@
+"""How often the pictures are right, and the captions (paper Sec. 4, in a world small enough to count in).
+
+    python evaluate.py --weights weights/tiny --prompts 300 --out report.json
+
+Not in the paper, whose tables need CLIP, Inception and human eyes: here a checker decides from pixels alone.
+"""
+import argparse
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import corpus
+import world
+from checker import KEYS, check
+from checkpoint import write_json
+from data import text_batch
+from generate import TINY, Painter, Sampling, write_text
+from mars import MARS
+from tokenizer import Tokenizer
+
+SPLITS = {"seen pairs": "train", "unseen combinations": "held_out_combination", "held-out pairs": "held_out_pair"}
+
+
+def interval(right: int, n: int) -> tuple[float, float]:
+    """Not in the paper: Wilson's 95% interval of a share, right of n."""
+    z, p = 1.96, right / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def counted(what: dict, marks: list[bool]) -> dict:
+    """One row of the report: `what` it is about, the share of right marks, and its 95% interval."""
+    right, n = sum(marks), len(marks)
+    low, high = interval(right, n)
+    return {**what, "right": right, "n": n, "share": right / n, "low": low, "high": high}
+
+
+def questions(split: str, n: int, seed: int, things: int | None = None) -> list[tuple[world.Scene, str, str]]:
+    """n scenes of a split with a caption and its language, by turns English and Chinese, coarse and fine."""
+    rng = random.Random(f"{seed}/{split}")
+    asked = []
+    for i in range(n):
+        scene = world.sample_scene(rng, split, things)
+        language = world.LANGUAGES[i % 2]
+        asked.append((scene, world.caption(scene, rng, language, world.DETAILS[i // 2 % 2]), language))
+    return asked
+
+
+def accuracy(images, texts: list[str]) -> dict[str, float]:
+    """Share of pictures that show what their captions say, by attribute, where captions speak of it."""
+    found = [check(image, world.parse(text)) for image, text in zip(images, texts)]
+    said = {key: [row[key] for row in found if row[key] is not None] for key in KEYS}
+    return {key: sum(marks) / len(marks) for key, marks in said.items() if marks}
+
+
+def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None) -> list[dict]:
+    """Draws n prompts of each split and checks the pictures -> rows by split, language and attribute."""
+    rows = []
+    for name, split in SPLITS.items():
+        if split == "held_out_combination" and things == 1:
+            continue
+        asked = questions(split, n, seed, things)
+        images = []
+        for start in tqdm(range(0, n, 50), desc=f"drawing, {name}", unit="batch"):
+            texts = [text for _, text, _ in asked[start:start + 50]]
+            images += painter.paint(texts, sampling, seed + start)
+        found = [(language, check(image, world.parse(text))) for image, (_, text, language) in zip(images, asked)]
+        for language in ("en", "zh", "both"):
+            for key in KEYS:
+                marks = [row[key] for spoken, row in found if language in (spoken, "both") and row[key] is not None]
+                if marks:
+                    rows.append(counted({"task": "drawing", "split": name, "language": language, "what": key}, marks))
+    return rows
+
+
+def true_of(claim: world.Claim, scene: world.Scene) -> bool:
+    """Whether all that a claim says holds in a scene, and it names every thing of it."""
+    fact = world.claim_of(scene)
+    agree = lambda said, true: all(getattr(said, key) in (None, getattr(true, key))
+                                   for key in ("colour", "shape", "texture", "size"))
+    return (len(claim.things) == len(fact.things) and all(map(agree, claim.things, fact.things))
+            and set(claim.relations) <= set(fact.relations) and claim.background in (None, fact.background))
+
+
+def reading(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
+    """Captions n renders of unseen scenes of seen pairs -> the row of exact ones: true throughout, naming all."""
+    scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things)]
+    marks = []
+    for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes])):
+        try:
+            marks.append(true_of(world.parse(text), scene))
+        except ValueError:                                       # the caption says nothing that can be read
+            marks.append(False)
+    return [counted({"task": "captioning", "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
+
+
+def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
+    """Passes n renders of unseen scenes through the codec -> rows by attribute that is still right."""
+    rng = random.Random(f"{seed}/codec")
+    scenes = [world.sample_scene(rng, "any", things) for _ in range(n)]
+    restored = painter.restore([world.render(scene) for scene in scenes])
+    found = [check(image, world.claim_of(scene)) for image, scene in zip(restored, scenes)]
+    return [counted({"task": "codec", "split": "all pairs", "language": "-", "what": key}, marks)
+            for key in KEYS if (marks := [row[key] for row in found if row[key] is not None])]
+
+
+@torch.no_grad()
+def perplexity(model: MARS, tokenizer: Tokenizer, rows: int, seed: int, things: int | None) -> float:
+    """Sec. 3.2's claim that language stays: exp of the mean loss a token on `rows` unseen rows of text."""
+    rng = random.Random(f"{seed}/perplexity")
+    tokens = text_batch(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng)
+    tokens = tokens.to(model.norm.weight.device)
+    return math.exp(model.loss(tokens, torch.ones_like(tokens, dtype=torch.bool)).item())
+
+
+def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | None = None) -> tuple[float, list[str]]:
+    """Asks a language model n questions about captions -> share answered word for word, and a line for each.
+
+    Perplexity hides failure: a model that guesses every colour may still read fluently.
+    """
+    rng = random.Random(f"{seed}/look-up")
+    lines, asked, kinds = [], [], {}
+    for _ in range(n):
+        scene = world.sample_scene(rng, "any", things)
+        text = world.caption(scene, rng, rng.choice(world.LANGUAGES), "fine")
+        asked.append(corpus.ask(scene, rng, rng.choice(world.LANGUAGES)))
+        lines.append(f"{text} {asked[-1].text}")
+    for i, ids in enumerate(write_text(model, [tokenizer.encode(line) for line in lines], tokenizer.eos, 48)):
+        kind, answer, said = asked[i].kind, asked[i].answer, tokenizer.decode(ids).strip()
+        right = said == answer or said.startswith(answer + " ")          # the text may go on with a new question
+        kinds.setdefault(kind, []).append(right)
+        lines[i] += f" {'right' if right else 'WRONG'}: {said} (expected {answer})"
+    lines.append(", ".join(f"{kind} {sum(marks)}/{len(marks)}" for kind, marks in sorted(kinds.items())))
+    return sum(map(sum, kinds.values())) / n, lines
+
+
+def show(rows: list[dict]) -> str:
+    """The rows as a table: one line a split and language, one column an attribute, shares in per cent."""
+    head = [*KEYS, "exact"]
+    lines = [f"{'':34}" + "".join(f"{key:>12}" for key in head)]
+    groups = dict.fromkeys((row["task"], row["split"], row["language"]) for row in rows)
+    for task, split, language in groups:
+        cells = {row["what"]: row for row in rows if (row["task"], row["split"], row["language"]) == (task, split, language)}
+        lines.append(f"{task + ', ' + split + ', ' + language:34}" + "".join(
+            f"{100 * cells[key]['share']:12.1f}" if key in cells else f"{'':12}" for key in head))
+        whole = cells.get("all") or cells.get("exact")
+        lines[-1] += f"   {100 * whole['low']:.1f} to {100 * whole['high']:.1f} of {whole['n']}"
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Counts how often pictures and captions are right.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--weights", default=TINY, type=Path, metavar="DIR")
+    parser.add_argument("--prompts", default=300, type=int, metavar="N", help="prompts of each split")
+    parser.add_argument("--things", type=int, choices=(1, 2, 3), help="things a scene; without it one to three")
+    parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", default="report.json", type=Path, help="JSON to write")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(arguments)
+    if args.prompts < 1:
+        parser.error(f"--prompts is {args.prompts}, expected at least 1")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one clear line and exit code 2 for bad input."""
+    args = parse_arguments(arguments)
+    try:
+        painter = Painter.from_pretrained(args.weights, args.device)
+        sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
+        rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
+        rows += reading(painter, args.prompts, args.seed, args.things)
+        rows += restoring(painter, 500, args.seed, args.things)
+        share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)
+        report = {"weights": str(args.weights), "seed": args.seed, "sampling": vars(sampling), "rows": rows,
+                  "text_perplexity": perplexity(painter.model, painter.tokenizer, 64, args.seed, args.things),
+                  "text_look_up": share}
+        print(show(rows))
+        print(f"text: perplexity {report['text_perplexity']:.3f}, questions answered {100 * share:.1f}%")
+        write_json(args.out, report)
+        print(f"wrote {args.out}")
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""From a prompt to a picture, and from a picture to a caption (paper Sec. 3.1, Eq. 1, read as a sampler).
+
+    python generate.py "a red circle above a blue square"
+    python generate.py --caption out.png
+
+Shapes: B prompts, T tokens, V_t and V_v vocabularies, (h, w) latent grid.
+"""
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import read_json
+from data import captioning, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
+from mars import MARS
+from tokenizer import Tokenizer
+from vqgan import VQGAN
+
+TINY = Path(__file__).parent / "weights" / "tiny"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Not in the paper, which gives no sampling settings: how tokens are drawn."""
+    cfg: float = 2.0              # guidance scale; 1: no guidance
+    temperature: float = 1.0      # 0: always the likeliest token
+    top_k: int = 50               # draw among the k likeliest tokens; 0: among all
+    top_p: float = 0.9            # draw among the likeliest tokens that hold this share of probability; 1: among all
+
+
+# ----------------------------------------------------------------------------- drawing one token
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """Not in the paper: classifier-free guidance. The first half of logits (2B, V) saw the caption, the second
+    `<uncond>` -> (B, V), moved from the second towards and beyond the first."""
+    with_caption, without = logits.chunk(2)
+    return without + scale * (with_caption - without)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Not in the paper: one token a row from logits (B, V) by temperature, top-k and top-p -> (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0             # keeps the token that crosses top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+# ----------------------------------------------------------------------------- drawing a sequence
+
+def prefill(model: MARS, prompts: list[list[int]], more: int):
+    """Runs the prompts, padded at the left so that all end together -> last hidden states (B, D), and a cache with
+    room for `more` tokens."""
+    T = max(len(ids) for ids in prompts)
+    tokens = torch.full((len(prompts), T), model.vocabulary.special("<pad>"))
+    for row, ids in enumerate(prompts):
+        tokens[row, T - len(ids):] = torch.tensor(ids)
+    cache = model.new_cache(len(prompts), T + more)
+    return model.hidden(tokens.to(cache.keys.device), cache)[:, -1], cache
+
+
+@torch.no_grad()
+def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
+               generator: torch.Generator | None = None) -> Tensor:
+    """Captions (ids) -> codes (B, h, w). With guidance each caption and its `<uncond>` twin share one batch.
+
+    Only codes can be drawn: the picture's size sets how many. Raises ValueError where a caption is too long.
+    """
+    V_t, codes = model.vocabulary.text, model.vocabulary.codes
+    prompts = [prompt(caption, model.vocabulary) for caption in captions]
+    guided = sampling.cfg != 1
+    if guided:
+        prompts += [prompt(None, model.vocabulary)] * len(captions)
+    hidden, cache = prefill(model, prompts, height * width)
+    drawn = []
+    for _ in range(height * width):
+        logits = model.vision_head(hidden)[:, :codes].float()                    # (B or 2B, codes)
+        drawn.append(draw(guide(logits, sampling.cfg) if guided else logits, sampling, generator))
+        if len(drawn) < height * width:
+            token = (V_t + drawn[-1]).repeat(2 if guided else 1)[:, None]        # (B or 2B, 1)
+            hidden = model.hidden(token, cache)[:, -1]
+    return torch.stack(drawn, dim=1).unflatten(1, (height, width))
+
+
+@torch.no_grad()
+def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
+               sampling: Sampling = Sampling(cfg=1.0, temperature=0.0), generator=None) -> list[list[int]]:
+    """Goes on from each prompt with text alone, up to the end of text or `max_tokens` -> ids, without the end."""
+    hidden, cache = prefill(model, prompts, max_tokens)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=hidden.device)
+    written = []
+    while len(written) < max_tokens and not done.all():
+        written.append(draw(model.text_head(hidden).float(), sampling, generator))
+        done |= written[-1] == eos
+        if len(written) < max_tokens:
+            hidden = model.hidden(written[-1][:, None], cache)[:, -1]
+    rows = torch.stack(written, dim=1).tolist()
+    return [row[:row.index(eos)] if eos in row else row for row in rows]
+
+
+# ----------------------------------------------------------------------------- the whole path
+
+class Painter:
+    """Not in the paper: model, codec and tokenizer of one weights folder, ready to draw and to describe."""
+
+    def __init__(self, model: MARS, vqgan: VQGAN, tokenizer: Tokenizer, side: int):
+        self.model, self.vqgan, self.tokenizer, self.side = model.eval(), vqgan.eval(), tokenizer, side
+        if model.vocabulary.codes != vqgan.config.num_embeddings or len(tokenizer) != model.vocabulary.text:
+            raise ValueError(f"the model has {model.vocabulary.text} text tokens and {model.vocabulary.codes} codes, "
+                             f"its tokenizer {len(tokenizer)} and its codec {vqgan.config.num_embeddings}")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device="cpu") -> "Painter":
+        """Reads a folder that `train.py stage1` wrote. Raises ValueError, one line, for a bad one."""
+        directory = Path(directory)
+        model = MARS.from_pretrained(directory, device)
+        if not model.vocabulary.codes:
+            raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
+        vqgan = VQGAN.from_pretrained(directory / "vqgan", device)
+        return cls(model, vqgan, Tokenizer.from_pretrained(directory), vqgan.config.resolution)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A prompt's ids. Raises ValueError, one line, where it is empty or longer than the context leaves room for."""
+        if not text.strip():
+            raise ValueError("the prompt is empty; expected a description such as \"a red circle\"")
+        ids = self.tokenizer.encode(text.strip())
+        room = self.model.config.context - (self.side // self.vqgan.factor) ** 2 - 2
+        if len(ids) > room:
+            raise ValueError(f"the prompt has {len(ids)} tokens; at most {room} fit beside the picture")
+        return ids
+
+    def paint(self, prompts: list[str], sampling: Sampling = Sampling(), seed: int = 0, batch: int = 64):
+        """Prompts -> RGB images; the same prompts, settings and seed give the same pictures."""
+        device = self.model.norm.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        cells = self.side // self.vqgan.factor
+        captions, images = [self.encode_prompt(text) for text in prompts], []
+        for start in range(0, len(captions), batch):
+            codes = draw_codes(self.model, captions[start:start + batch], cells, cells, sampling, generator)
+            with torch.no_grad():
+                images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
+        return images
+
+    def restore(self, images, batch: int = 64):
+        """Sec. 3.3, Tokenization: RGB images -> what is left of them after the codec."""
+        restored = []
+        with torch.no_grad():
+            for start in range(0, len(images), batch):
+                pixels = torch.stack([to_pixels(image) for image in images[start:start + batch]])
+                codes = self.vqgan.encode(pixels.to(self.model.norm.weight.device))
+                restored += [to_image(p) for p in self.vqgan.decode(codes)]
+        return restored
+
+    def describe(self, images, max_tokens: int = 96, batch: int = 64) -> list[str]:
+        """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step."""
+        texts = []
+        for start in range(0, len(images), batch):
+            pixels = [to_pixels(fit(image, self.side, self.side)) for image in images[start:start + batch]]
+            with torch.no_grad():
+                codes = self.vqgan.encode(torch.stack(pixels).to(self.model.norm.weight.device))
+            eos = self.tokenizer.eos
+            shown = [captioning([], picture, self.model.vocabulary, eos).tokens[:-1] for picture in codes]
+            texts += [self.tokenizer.decode(ids) for ids in write_text(self.model, shown, eos, max_tokens)]
+        return texts
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Draws a picture from a prompt, or describes a picture.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
+    parser.add_argument("-o", "--out", default="out.png", help="PNG to write; several pictures become one grid")
+    parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures of each prompt")
+    parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale; 1: none")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T",
+                        help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder with config.json, model.safetensors, ...")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--caption", metavar="IMAGE", help="describe this picture instead")
+    args = parser.parse_args(arguments)
+    if bool(args.prompt) == bool(args.caption):
+        parser.error("expected a prompt or --caption IMAGE, one of the two")
+    for name, low, high in (("num", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100), ("top_k", 0, 10**9),
+                            ("top_p", 1e-6, 1)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one clear line and exit code 2 for bad input."""
+    args = parse_arguments(arguments)
+    try:
+        image = open_picture(args.caption) if args.caption else None
+        painter = Painter.from_pretrained(args.weights, args.device)
+        if args.caption:
+            print(painter.describe([image])[0])
+            return
+        prompts = [text for text in args.prompt for _ in range(args.num)]
+        sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
+        images = painter.paint(prompts, sampling, args.seed)
+        save_image(grid(images, columns=args.num if len(args.prompt) > 1 else 8), args.out)
+        print(f"wrote {args.out}")
+    except ValueError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
