@@ -100,16 +100,26 @@ def _aside(rng: random.Random) -> str:
     return f"{a} = {b}"
 
 
+def _phrases(rng: random.Random, count: int | None) -> str:
+    """Names of things, said twice: again, or in the other language. The shortest text that makes a model look up."""
+    scene = sample_scene(rng, "any", count)
+    names = [[t.size, t.texture, t.colour, t.shape][rng.randrange(3):] for t in scene.things]
+    first, second = (", ".join(say(name, language) for name in names) for language in rng.choices(LANGUAGES, k=2))
+    return f"{first} = {second}"
+
+
 def document(rng: random.Random, count: int | None = None) -> str:
     """One short text of the corpus, in either language or both. count: things in a scene, None for one to three."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.05:
         return _aside(rng)
-    scene = sample_scene(rng, "any", count)
     if kind < 0.3:
+        return _phrases(rng, count)
+    scene = sample_scene(rng, "any", count)
+    if kind < 0.4:
         return caption(scene, rng, rng.choice(LANGUAGES), rng.choice(DETAILS))
     text = caption(scene, rng, rng.choice(LANGUAGES), "fine")
-    if kind < 0.5:                                                # a translation, or the same in other words
+    if kind < 0.6:                                                # a translation, or the same in other words
         return f"{text} = {caption(scene, rng, rng.choice(LANGUAGES), 'fine')}"
     for _ in range(3):
         question = ask(scene, rng, rng.choice(LANGUAGES))

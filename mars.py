@@ -139,14 +139,19 @@ class MARS(nn.Module):
     # ------------------------------------------------------------------------- initialisation
 
     def initialise(self, generator: torch.Generator | None = None) -> "MARS":
-        """Not in the paper, which loads Qwen: random weights of variance 1 / fan-in; returns self.
+        """Not in the paper, which loads Qwen: random weights of variance 1 / fan-in, embeddings of variance 1, and
+        the two matrices that write to the residual stream scaled by 1 / sqrt(2 L); returns self.
 
-        At these widths Qwen's own 0.02 is too small: the copy heads that look words up hardly form.
+        With Qwen's own 0.02, or with embeddings as small as the rest, the heads that look words up hardly form.
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5, generator=generator)
-                if getattr(module, "bias", None) is not None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, generator=generator)
+            elif isinstance(module, nn.Linear):
+                writes = name.endswith((".out", ".down"))
+                std = (module.weight.shape[1] * (2 * self.config.layers if writes else 1)) ** -0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
                     nn.init.zeros_(module.bias)
         return self
 

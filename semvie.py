@@ -37,8 +37,7 @@ class Router:
     """Eq. 3: `r_t, r_v = Router(...)`: sorts the tokens of a batch by modality, text first, once a forward.
 
     The modality is known from the token's id; nothing is learned. All layers then work on one packed
-    (N, D) tensor whose first `n_text` rows are text, so an expert reads a slice and a token costs one
-    expert. Padding is left out of the packed rows and costs nothing. Example, T text, V visual, . padding:
+    (N, D) tensor whose first rows are text, so an expert reads a slice and a token costs one expert. Padding is left out of the packed rows and costs nothing. Example, T text, V visual, . padding:
 
         T T V V .       packed rows:  T T T V V V V
         T V V . .                     0 1 5 2 3 6 7   (places in the flattened batch)
@@ -52,7 +51,7 @@ class Router:
         if is_padding is not None:
             kind = kind.masked_fill(is_padding.flatten(), 2)
         n_text, n_visual, n_padding = torch.bincount(kind, minlength=3).tolist()
-        self.n_text = n_text
+        self.rows = (n_text, n_visual)
         self.in_place = n_padding == 0 and 0 in (n_text, n_visual)            # already sorted
         if not self.in_place:
             order = kind.argsort(stable=True)
@@ -77,9 +76,10 @@ class Router:
         """
         if visual_expert is None:
             return text_expert(x)
-        if not torch.is_grad_enabled() and self.n_text in (0, len(x)):
-            return text_expert(x) if self.n_text else visual_expert(x)
-        return torch.cat((text_expert(x[:self.n_text]), visual_expert(x[self.n_text:])))
+        if not torch.is_grad_enabled() and 0 in self.rows:
+            return text_expert(x) if self.rows[0] else visual_expert(x)
+        x_t, x_v = x.split(self.rows)
+        return torch.cat((text_expert(x_t), visual_expert(x_v)))
 
 
 # ----------------------------------------------------------------------------- the parts of a Qwen block

@@ -289,7 +289,7 @@ def small(width: int, layers: int, heads: int) -> MARSConfig:
 PRESETS = {
     "tiny": Preset(
         language=small(160, 4, 5), codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"vqgan": Recipe(2000, 32, 2e-3), "text": Recipe(3000, 16, 3e-3), "stage1": Recipe(15000, 32, 2e-3)},
+        recipes={"vqgan": Recipe(2000, 32, 2e-3), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(15000, 32, 2e-3)},
         pictures=60_000, caption_share=0.25),
     "nano": Preset(
         language=small(128, 4, 4), codec=VQGANConfig(), codec_training=VQGANTraining(),

@@ -1,0 +1,191 @@
+"""Claims about the tokenizer, the sequence layout and the two sources of pictures (paper Sec. 3.3, 3.4)."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import Folder, World, captioning, collate, fit, open_picture, prompt, stage1_batch, text_to_image, to_image, to_pixels
+from tokenizer import Tokenizer, Vocabulary
+
+VOCABULARY = Vocabulary(text=42, codes=16)
+IMG, END, UNCOND, PAD = (VOCABULARY.special(t) for t in ("<img>", "</img>", "<uncond>", "<pad>"))
+CODES = np.array([[3, 1], [0, 2]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["a red circle above a blue square", "蓝色方形上方的红色圆形", "the circle is red"] * 20, 400)
+
+
+# ----------------------------------------------------------------------------- the tokenizer
+
+@pytest.mark.parametrize("text", ["a red circle", "红色圆形", "zebra, naïve  café! 12\n", "猫 and 🐈", "<|endoftext|> <img>"])
+def test_every_text_comes_back_unchanged(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_chinese_character_is_one_token(tokenizer):
+    pieces = [tokenizer.pieces.id_to_piece(i) for i in tokenizer.encode("红色圆形")]
+    assert pieces == ["▁", "红", "色", "圆", "形"]
+
+
+def test_text_is_never_read_as_a_control_token(tokenizer):
+    for text in ("<|endoftext|>", "<unk>", "<img>", "</img>", "<uncond>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos not in ids and max(ids) < len(tokenizer)
+
+
+def test_the_same_texts_give_the_same_tokenizer(tokenizer):
+    again = Tokenizer.train(["a red circle above a blue square", "蓝色方形上方的红色圆形", "the circle is red"] * 20, 400)
+    assert again.model == tokenizer.model
+
+
+# ----------------------------------------------------------------------------- the layout
+
+def test_text_to_image_is_caption_then_picture_with_targets_from_img_on():
+    sequence = text_to_image([5, 6], CODES, VOCABULARY)
+    assert sequence.tokens == [5, 6, IMG, 45, 43, 42, 44, END]
+    assert sequence.is_target == [False, False] + [True] * 6
+
+
+def test_captioning_is_picture_then_caption_with_the_caption_as_target():
+    sequence = captioning([5, 6], CODES, VOCABULARY, eos=1)
+    assert sequence.tokens == [IMG, 45, 43, 42, 44, END, 5, 6, 1]
+    assert sequence.is_target == [False] * 6 + [True] * 3
+
+
+def test_training_and_sampling_share_the_prompt():
+    for caption in ([5, 6], None):
+        start = prompt(caption, VOCABULARY)
+        assert text_to_image(caption, CODES, VOCABULARY).tokens[:len(start)] == start
+    assert prompt(None, VOCABULARY) == [UNCOND, IMG]
+
+
+def test_collate_pads_at_the_right_and_padding_is_no_target():
+    tokens, is_target = collate([text_to_image([5], CODES, VOCABULARY), captioning([5, 6], CODES, VOCABULARY, 1)], PAD)
+    assert tokens[0].tolist() == [5, IMG, 45, 43, 42, 44, END, PAD, PAD]
+    assert not is_target[tokens == PAD].any()
+
+
+def test_one_caption_in_ten_is_dropped_and_the_share_of_captioning_is_as_asked(tokenizer):
+    source = World(50, seed=0)
+    vocabulary = Vocabulary(len(tokenizer), 16)
+    codes = np.zeros((50, 2, 2), np.int32)
+    rng = random.Random(0)
+    source.caption = lambda i, rng: "a red circle"
+    tokens, _ = stage1_batch(source, codes, tokenizer, vocabulary, 2000, rng, caption_share=0.3)
+    first = tokens[:, 0]
+    assert abs((first == vocabulary.special("<img>")).float().mean() - 0.3) < 0.04
+    assert abs((first == vocabulary.special("<uncond>")).float().mean() - 0.07) < 0.03
+
+
+def test_a_held_out_pair_is_trained_on_without_its_caption(tokenizer):
+    source = World(400, seed=0)
+    hidden = [i for i in range(400) if not source.scene(i)[1]]
+    assert 8 <= len(hidden) <= 40
+    assert all(source.caption(i, random.Random(0)) is None for i in hidden)
+
+
+# ----------------------------------------------------------------------------- pictures of any kind
+
+def test_every_mode_and_orientation_becomes_upright_rgb(tmp_path):
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    red.paste((0, 0, 255), (0, 0, 20, 20))                                         # left half blue
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                               # shown turned clockwise
+    red.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert np.asarray(open_picture(tmp_path / "turned.jpg"))[5, 10].argmax() == 2  # blue is at the top now
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert np.asarray(open_picture(tmp_path / "clear.png")).min() == 255           # transparent on white
+    for mode in ("L", "P", "1", "CMYK", "LA"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (9, 7)).save(path)
+        assert open_picture(path).mode == "RGB"
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "16.png")
+    assert np.asarray(open_picture(tmp_path / "16.png"))[0, 0, 0] == 40_000 >> 8
+
+
+def test_fit_crops_the_middle_and_pixels_come_back():
+    wide = Image.new("RGB", (90, 30), "white")
+    wide.paste("black", (30, 0, 60, 30))
+    assert np.asarray(fit(wide, 16, 16)).max() < 40
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8))
+    assert to_pixels(image).shape == (3, 8, 6)
+    assert np.array_equal(np.asarray(to_image(to_pixels(image))), np.asarray(image))
+
+
+# ----------------------------------------------------------------------------- a folder, and what can be wrong with it
+
+def folder(path, *lines):
+    Image.new("RGB", (8, 8)).save(path / "a.png")
+    (path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_folder_gives_pictures_and_captions(tmp_path):
+    source = Folder(folder(tmp_path, json.dumps({"file_name": "a.png", "text": ["one", "two"]}), "",
+                           json.dumps({"file_name": "a.png", "text": ""})))
+    assert len(source) == 2 and source.image(0).size == (8, 8)
+    assert source.caption(0, random.Random(0)) in ("one", "two") and source.caption(1, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"file_name": "a.png", "text": "x"', "metadata.jsonl, line 2: not JSON"),
+    ('["a.png", "x"]', 'metadata.jsonl, line 2: expected an object with "file_name" and "text"'),
+    ('{"text": "x"}', 'metadata.jsonl, line 2: expected an object with "file_name" and "text"'),
+    ('{"file_name": "a.png"}', 'metadata.jsonl, line 2: "text" must be a string'),
+    ('{"file_name": "a.png", "text": [1]}', 'metadata.jsonl, line 2: "text" must be a string'),
+    ('{"file_name": "b.png", "text": "x"}', "b.png: no such image"),
+])
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    with pytest.raises(ValueError) as error:
+        Folder(folder(tmp_path, '{"file_name": "a.png", "text": "x"}', line))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_manifest_an_empty_one_and_a_broken_image_are_named(tmp_path):
+    with pytest.raises(ValueError, match="metadata.jsonl: no such file"):
+        Folder(tmp_path)
+    with pytest.raises(ValueError, match="no picture is listed"):
+        Folder(folder(tmp_path, ""))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="a.png: not a whole image file"):
+        open_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="none.png: no such image"):
+        open_picture(tmp_path / "none.png")
+
+
+# ----------------------------------------------------------------------------- encoded once
+
+class CountingCodec(torch.nn.Module):
+    """Stands in for the codec: code = mean of a 4 x 4 patch's red, counted calls."""
+    factor = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.ones(1)), 0
+
+    def encode(self, pixels):
+        self.calls += 1
+        return (torch.nn.functional.avg_pool2d(pixels[:, :1], 4)[:, 0] * 15 * self.weight).round().long()
+
+
+def test_pictures_are_encoded_once_and_again_only_for_another_codec(tmp_path):
+    source, codec = World(10, seed=0), CountingCodec()
+    first = data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
+    assert first.shape == (10, 16, 16) and codec.calls == 3
+    assert np.array_equal(first[7], codec.encode(to_pixels(source.image(7))[None])[0])
+    calls = codec.calls
+    data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
+    assert codec.calls == calls
+    with torch.no_grad():
+        codec.weight.mul_(0.5)
+    again = data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
+    assert codec.calls == calls + 3 and not np.array_equal(again, first)

@@ -1,0 +1,195 @@
+"""Claims about the loop: every stage runs, resumes, and refuses bad input with one line (Sec. 3.4, 4.1)."""
+import dataclasses
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import generate
+import train
+from checkpoint import read_json
+from generate import Painter, Sampling
+from mars import MARS, is_visual
+from train import PRESETS, Recipe, learning_rate
+from vqgan import VQGAN
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    """The nano preset with less of everything, as `test`."""
+    nano = PRESETS["nano"]
+    monkeypatch.setitem(PRESETS, "test", dataclasses.replace(
+        nano, language=dataclasses.replace(nano.language, width=32, heads=2, kv_heads=2, ffn_width=64, layers=2),
+        pictures=48, row=64,
+        recipes={"vqgan": Recipe(6, 8, 1e-3), "text": Recipe(6, 4, 1e-3), "stage1": Recipe(6, 8, 1e-3)}))
+
+
+def run(*arguments):
+    train.main([str(argument) for argument in arguments])
+
+
+def weights(directory):
+    return {p.name: p.read_bytes() for p in sorted(directory.rglob("*")) if p.suffix in (".safetensors", ".model")}
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------- the whole way
+
+def test_one_command_goes_from_nothing_to_pictures_and_leaves_the_language_as_it_was(tmp_path, capsys):
+    run("all", "--preset", "test", "--out", tmp_path, "--sample-every", 3, "--save-every", 3)
+    for stage in ("vqgan", "text", "stage1"):
+        found = lines(tmp_path / stage)
+        assert [line["step"] for line in found] == list(range(6)) and all(math.isfinite(line["loss"]) for line in found)
+    assert "ln V = ln" in capsys.readouterr().out
+    assert Image.open(tmp_path / "vqgan" / "samples" / "000006.png").size == (8 * 66 - 2, 2 * 66 - 2)
+    assert (tmp_path / "stage1" / "samples" / "000003.png").is_file()
+    language, mars = MARS.from_pretrained(tmp_path / "text"), MARS.from_pretrained(tmp_path / "stage1")
+    before, after = language.state_dict(), mars.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after if not is_visual(name))
+    tokens = torch.arange(20)[None]
+    assert torch.equal(mars(tokens)[..., :language.vocabulary.text], language(tokens))
+    painter = Painter.from_pretrained(tmp_path / "stage1")
+    assert painter.paint(["a red circle"], Sampling(), seed=0)[0].size == (64, 64)
+    assert isinstance(painter.describe(painter.paint(["a red circle"]))[0], str)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "text", "stage1"])
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, stage):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    before = []
+    if stage == "stage1":
+        run("vqgan", "--preset", "test", "--out", tmp_path / "vqgan", "--steps", 2)
+        run("text", "--preset", "test", "--out", tmp_path / "text", "--steps", 2)
+        before = ["--vqgan", tmp_path / "vqgan", "--language", tmp_path / "text"]
+    common = [stage, "--preset", "test", "--sample-every", 2, *before]
+    run(*common, "--out", whole, "--save-every", 4)
+    run(*common, "--out", parts, "--save-every", 4)
+    for path in parts.rglob("*.safetensors"):
+        path.unlink()                                                    # as if killed after the checkpoint of step 4
+    (parts / "checkpoint-000005.pt").write_bytes(b"half a file")
+    run(*common, "--out", parts, "--save-every", 4, "--resume")
+    assert weights(parts) == weights(whole)
+    timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+    assert timeless(lines(parts)) == timeless(lines(whole))
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    run("text", "--preset", "test", "--out", tmp_path, "--save-every", 1)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-000005.pt", "checkpoint-000006.pt"]
+
+
+def test_learning_rate_rises_for_one_per_cent_and_falls_along_a_cosine_to_a_tenth():
+    recipe = Recipe(steps=1000, batch=1, lr=1.0)
+    assert learning_rate(0, recipe) == pytest.approx(0.1) and learning_rate(9, recipe) == 1.0
+    assert learning_rate(505, recipe) == pytest.approx(0.55, abs=1e-3)
+    assert learning_rate(999, recipe) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_optimizer_holds_what_trains_and_nothing_else(mars):
+    optimizer = train.make_optimizer(mars, Recipe(1, 1, 1e-3))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in mars.named_parameters() if is_visual(name)}
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+
+
+# ----------------------------------------------------------------------------- one's own pictures
+
+def photographs(path):
+    """Eight pictures unlike in size, mode, format and orientation, each with a caption of its own."""
+    path.mkdir()
+    words = ["a sunset", "the sea", "a forest", "snow", "一朵花", "a street at night", "sand", "a blue door"]
+    kinds = [("RGB", "jpg", (120, 80)), ("RGBA", "png", (70, 90)), ("L", "png", (64, 64)), ("P", "gif", (200, 90)),
+             ("RGB", "webp", (64, 200)), ("RGB", "bmp", (81, 67)), ("LA", "png", (90, 90)), ("RGB", "jpg", (100, 140))]
+    rng, records = np.random.default_rng(0), []
+    for i, (mode, suffix, size) in enumerate(kinds):
+        image = Image.new("RGB", size, tuple(int(c) for c in rng.integers(0, 256, 3)))
+        for _ in range(4):
+            x, y = (int(rng.integers(0, n)) for n in size)
+            colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+            ImageDraw.Draw(image).ellipse((x - 25, y - 25, x + 25, y + 25), fill=colour)
+        exif = Image.Exif()
+        if i == 7:
+            exif[0x0112] = 8
+        image.convert(mode).save(path / f"{i}.{suffix}", **({"exif": exif} if suffix == "jpg" else {}))
+        records.append({"file_name": f"{i}.{suffix}", "text": words[i]})
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (path / "metadata.jsonl").write_text(lines + "\n")
+    return words
+
+
+def test_a_folder_of_ones_own_photographs_trains_and_eight_of_them_are_over_fitted(tmp_path):
+    words = photographs(tmp_path / "photos")
+    common = ["--preset", "test", "--data", tmp_path / "photos", "--sample-every", 1000]
+    run("vqgan", *common, "--out", tmp_path / "vqgan", "--steps", 300, "--lr", 3e-3)
+    run("text", *common, "--out", tmp_path / "text", "--steps", 60, "--lr", 1e-2)
+    run("stage1", *common, "--out", tmp_path / "mars", "--steps", 150, "--lr", 1e-2,
+        "--vqgan", tmp_path / "vqgan", "--language", tmp_path / "text")
+    codec = lines(tmp_path / "vqgan")
+    assert codec[-1]["psnr"] > 20, codec[-1]
+    painter = Painter.from_pretrained(tmp_path / "mars")
+    source = train.Folder(tmp_path / "photos")
+    truth = torch.stack([generate.to_pixels(train.fit(source.image(i), 64, 64)) for i in range(8)])
+    codes = painter.vqgan.encode(truth)
+    captions = [painter.encode_prompt(text) for text in words]
+    drawn = generate.draw_codes(painter.model, captions, 8, 8, Sampling(cfg=1.0, temperature=0.0))
+    assert (drawn == codes).float().mean() > 0.9
+    assert sum(a == b for a, b in zip(painter.describe([source.image(i) for i in range(8)]), words)) >= 7
+
+
+# ----------------------------------------------------------------------------- bad input: one line, exit code 2
+
+def refused(program, arguments, capsys):
+    """The line that a command leaves with, after checking that it is one and that the exit code is 2."""
+    with pytest.raises(SystemExit) as stop:
+        program([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_unknown_flags_and_values_out_of_range_are_refused(capsys):
+    assert "unrecognized arguments: --colour" in refused(generate.main, ["x", "--colour", "red"], capsys)
+    assert "--top-p is 0.0, expected" in refused(generate.main, ["x", "--top-p", "0"], capsys)
+    assert "expected a prompt or --caption" in refused(generate.main, [], capsys)
+    assert "unrecognized arguments: --colour" in refused(train.main, ["text", "--out", "x", "--colour"], capsys)
+    assert "--steps is 0, expected at least 1" in refused(train.main, ["text", "--out", "x", "--steps", "0"], capsys)
+
+
+def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    message = refused(train.main, ["vqgan", "--preset", "test", "--data", tmp_path / "empty", "--out", tmp_path / "o"], capsys)
+    assert "empty/metadata.jsonl: no such file" in message
+    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path / "file" / "x"], capsys)
+    assert "cannot write there" in message
+    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path / "new", "--resume"], capsys)
+    assert "no checkpoint to resume from" in message
+    message = refused(train.main, ["stage1", "--preset", "test", "--out", tmp_path / "s", "--vqgan", tmp_path / "nowhere"], capsys)
+    assert "nowhere" in message
+    assert "none.png: no such image" in refused(generate.main, ["--caption", tmp_path / "none.png"], capsys)
+    assert "nowhere: no such folder" in refused(generate.main, ["x", "--weights", tmp_path / "nowhere"], capsys)
+
+
+def test_a_broken_picture_is_named_while_the_folder_is_encoded(tmp_path, capsys):
+    photographs(tmp_path / "photos")
+    whole = (tmp_path / "photos" / "5.bmp").read_bytes()
+    (tmp_path / "photos" / "5.bmp").write_bytes(whole[:100])
+    message = refused(train.main, ["vqgan", "--preset", "test", "--data", tmp_path / "photos", "--out", tmp_path / "o"], capsys)
+    assert "5.bmp: not a whole image file" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.TextStage, "loss", lambda self, step, rng: (
+        self.model.norm.weight.sum() * math.nan, {"loss": math.nan}, 1))
+    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path], capsys)
+    assert "the loss is nan at step 0" in message
