@@ -42,7 +42,7 @@ class Sight:
     background: str
 
 
-def see(image: Image.Image | np.ndarray, cell: int = 8) -> Sight:
+def see(image: Image.Image | np.ndarray, cell: int = 16) -> Sight:
     """The things and the background of an RGB picture whose sides are multiples of `cell`."""
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.shape[0] % cell or pixels.shape[1] % cell:
@@ -55,7 +55,7 @@ def see(image: Image.Image | np.ndarray, cell: int = 8) -> Sight:
     names, values = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()))
     gaps = np.linalg.norm(values - ground, axis=1)
     background = names[gaps.argmin()] if gaps.min() < BACKGROUND else UNKNOWN
-    blobs = [blob for blob in components(distance > FOREGROUND) if len(blob) >= cell * cell / 4]  # no specks
+    blobs = [blob for blob in components(distance > FOREGROUND) if len(blob) >= cell * cell / 16]  # no specks
     blobs.sort(key=len, reverse=True)
     return Sight(tuple(_recognise(pixels, distance, blob, cell) for blob in blobs), background)
 
@@ -101,10 +101,10 @@ def _recognise(pixels, distance, blob, cell):
     mask = np.zeros((bottom - top, right - left), bool)
     mask[blob[:, 0] - top, blob[:, 1] - left] = True
 
-    # Size: both sides of the box within 3 pixels in 8 of what is drawn, a box of whole cells less a pixel around.
-    misfit = {size: max(abs(side - (cells - 0.25) * cell) for side in mask.shape) for size, cells in SIZES.items()}
+    # Size: both sides of the box within 3 pixels in 16 of what is drawn, a box of whole cells less a pixel around.
+    misfit = {size: max(abs(side - (cells - 0.125) * cell) for side in mask.shape) for size, cells in SIZES.items()}
     size = min(misfit, key=misfit.get)
-    if misfit[size] > 0.375 * cell:
+    if misfit[size] > 0.1875 * cell:
         return Seen(UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, box)
 
     # Shape: the drawn silhouette with the largest intersection over union, shifted by up to a pixel.
@@ -205,6 +205,6 @@ def compare(sight: Sight, claim: Claim) -> dict[str, bool | None]:
     return {key: result[key] for key in KEYS}
 
 
-def check(image: Image.Image | np.ndarray, claim: Claim, cell: int = 8) -> dict[str, bool | None]:
+def check(image: Image.Image | np.ndarray, claim: Claim, cell: int = 16) -> dict[str, bool | None]:
     """Which facts of a claim a picture shows: `compare` with what we `see`."""
     return compare(see(image, cell), claim)

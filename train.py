@@ -69,6 +69,9 @@ class VQGANStage:
         self.args, self.recipe = args, args.recipe
         self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
         self.model = VQGAN(preset.codec).to(args.device)
+        if preset.codec.patches and not args.resume:
+            n = min(20_000, len(self.source))
+            self.model.initialise(self.pixels(range(i, min(i + 100, n))) for i in range(0, n, 100))
         self.criterion = VQGANLoss(preset.codec, preset.codec_training).to(args.device)
         self.trained = nn.ModuleDict({"vqgan": self.model, "criterion": self.criterion})
         self.uniform = None
@@ -286,14 +289,21 @@ def small(width: int, layers: int, heads: int) -> MARSConfig:
                       layers=layers, context=512, text_vocab=1024)
 
 
+CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=768,
+             patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
+
 PRESETS = {
     "tiny": Preset(
-        language=small(160, 4, 5), codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"vqgan": Recipe(2000, 32, 2e-3), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(15000, 32, 2e-3)},
+        language=small(160, 4, 5),
+        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
+        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(11000, 32, 2e-3)},
         pictures=60_000, caption_share=0.25),
     "nano": Preset(
-        language=small(128, 4, 4), codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"vqgan": Recipe(800, 32, 2e-3), "text": Recipe(1500, 16, 3e-3), "stage1": Recipe(5000, 32, 2e-3)},
+        language=small(128, 4, 4),
+        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
+        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1500, 16, 3e-3), "stage1": Recipe(5000, 32, 2e-3)},
         pictures=10_000, things=1, row=128, caption_share=0.15),
 }
 

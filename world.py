@@ -1,14 +1,15 @@
 """Not in the paper: a rendered world of coloured shapes, the data for laptop-sized runs.
 
 The paper trains on 200 million captioned pictures. To see MARS learn on one small machine, this file draws
-pictures whose every fact is known, writes captions for them in English and Chinese, coarse and fine (the two
-caption lengths of Section 3.4), and reads a caption back into the facts that it states, so that checker.py can
+pictures whose every fact is known, writes captions for them in English and Chinese, coarse and fine (like those
+of Stages I and II, Section 3.4), and reads a caption back into the facts that it states, so that checker.py can
 tell from pixels alone whether a generated picture is right.
 
     Scene --render--> picture          Scene --caption--> text --parse--> Claim
 
-A picture is a grid of rows x cols cells of `cell` pixels: with 8 pixels, one cell is one token of the visual
-tokenizer. Things are aligned to cells and textures repeat twice a cell, so that few codes draw everything.
+A picture is a grid of rows x cols cells of `cell` pixels: with 16 pixels, the paper's P, one cell is one token of
+the visual tokenizer. Things are aligned to cells and textures repeat four times a cell, so that few codes draw
+everything: a small thing is one token, a large one four.
 """
 import json
 import random
@@ -26,14 +27,13 @@ from PIL import Image, ImageDraw, ImageFilter
 # word -> (red, green, blue). No two colours, nor their shades, meet when a codec blurs them a little.
 COLOURS = {"red": (222, 38, 44), "orange": (246, 138, 24), "yellow": (250, 222, 48), "green": (46, 164, 72),
            "cyan": (56, 204, 222), "blue": (44, 82, 214), "purple": (138, 58, 190), "pink": (246, 116, 180)}
-BACKGROUNDS = {"white": (246, 246, 244), "grey": (150, 152, 156), "black": (26, 26, 30),
-               "brown": (98, 66, 46), "beige": (226, 208, 172)}
+BACKGROUNDS = {"white": (246, 246, 244), "beige": (226, 208, 172), "black": (26, 26, 30)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 TEXTURES = ("solid", "striped", "dotted")
-SIZES = {"small": 2, "large": 3}  # side of the thing's box, in cells
+SIZES = {"small": 1, "large": 2}  # side of the thing's box, in cells
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 CHINESE = {"red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "cyan": "青色", "blue": "蓝色",
-           "purple": "紫色", "pink": "粉色", "white": "白色", "grey": "灰色", "black": "黑色", "brown": "棕色",
+           "purple": "紫色", "pink": "粉色", "white": "白色", "black": "黑色",
            "beige": "米色", "circle": "圆形", "square": "方形", "triangle": "三角形", "diamond": "菱形",
            "star": "星形", "cross": "十字形", "solid": "纯色", "striped": "条纹", "dotted": "波点",
            "small": "小号", "large": "大号"}
@@ -67,8 +67,8 @@ class Scene:
     things: tuple[Thing, ...]
     background: str
     relations: tuple[str, ...]  # relations[i] holds between things[i] and things[i + 1]
-    rows: int = 8  # height of the picture, in cells
-    cols: int = 8  # width of the picture, in cells
+    rows: int = 6  # height of the picture, in cells
+    cols: int = 6  # width of the picture, in cells
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def silhouette(shape: str, side: int, inset: float) -> Image.Image:
 @lru_cache(maxsize=None)
 def stencil(shape: str, texture: str, size: str, cell: int) -> tuple[np.ndarray, np.ndarray]:
     """Where a thing is, and where it has its second tone: two boolean (side, side) arrays, at 4x."""
-    side, pixel = SIZES[size] * cell * 4, cell / 2  # `pixel` is an eighth of a cell, at 4x
+    side, pixel = SIZES[size] * cell * 4, cell / 4  # `pixel` is a sixteenth of a cell, at 4x
     mask = silhouette(shape, side, inset=pixel)
     # A closed rim of the colour itself, 1.25 pixels wide or more, keeps the outline whole on every background.
     inside = np.asarray(mask.filter(ImageFilter.MinFilter(2 * round(1.25 * pixel) + 1))) > 0
@@ -154,7 +154,7 @@ def sprite(colour: str, shape: str, texture: str, size: str, background: str, ce
     return Image.fromarray(image).reduce(4)
 
 
-def render(scene: Scene, cell: int = 8) -> Image.Image:
+def render(scene: Scene, cell: int = 16) -> Image.Image:
     """The picture of a scene: (rows * cell) x (cols * cell) pixels, RGB."""
     image = Image.new("RGB", (scene.cols * cell, scene.rows * cell), BACKGROUNDS[scene.background])
     for t in scene.things:
@@ -185,7 +185,7 @@ def split_of(pairs: list[tuple[str, str]]) -> str | None:
 
 
 def sample_scene(rng: random.Random, split: str = "train", count: int | None = None,
-                 rows: int = 8, cols: int = 8) -> Scene:
+                 rows: int = 6, cols: int = 6) -> Scene:
     """A random scene of a split; 'any' is 'train' and 'held_out_pair' together."""
     if split not in SPLITS:
         raise ValueError(f'split {split!r}: expected one of {", ".join(SPLITS)}')
@@ -329,7 +329,7 @@ def _lexicon():
         words.update({word: ("relation", value) for word in RELATIONS["en"][value]})
         words.update({word: ("side", value) for word in RELATIONS["zh"][value]})
     words.update({word: words[same] for word, same in (  # what people also write
-        ("gray", "grey"), ("big", "large"), ("on the left of", "left of"), ("on the right of", "right of"),
+        ("big", "large"), ("on the left of", "left of"), ("on the right of", "right of"),
         ("under", "below"), ("over", "above"), ("正方形", "方形"), ("圆点", "波点"), ("大", "大号"), ("小", "小号"))})
     marks = {"and": ("and", "和"), "with": ("with",), "it": ("it",), "at": ("在", "位于"), "stop": (".", ";", "。"),
              "ground": ("background", "背景"),
@@ -441,7 +441,7 @@ def _mention(things, new, fail):
 
 # ---------------------------------------------------------------------------------------------- as a folder
 
-def write_folder(path: str | Path, n: int, seed: int, cell: int = 8) -> None:
+def write_folder(path: str | Path, n: int, seed: int, cell: int = 16) -> None:
     """Write n training pictures as an ordinary image folder: PNG files and a metadata.jsonl of file_name and text.
 
     Language and detail of each caption are drawn evenly; a scene with a held-out pair has "text": "".

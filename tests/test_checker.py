@@ -38,14 +38,14 @@ def test_checker_sees_every_kind_of_thing():
             for texture in TEXTURES:
                 for size in SIZES:
                     background = tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
-                    scene = Scene((Thing(colour, shape, texture, size, 0, 5),), background, ())
+                    scene = Scene((Thing(colour, shape, texture, size, 0, 4),), background, ())
                     sight = see(render(scene))
                     assert sight.background == background
                     assert [(t.colour, t.shape, t.texture, t.size) for t in sight.things] == [
                         (colour, shape, texture, size)]
 
 
-@pytest.mark.parametrize("rows, cols, cell", [(8, 16, 8), (12, 8, 8), (8, 8, 16)])
+@pytest.mark.parametrize("rows, cols, cell", [(6, 10, 16), (9, 6, 16), (6, 6, 32)])
 def test_checker_reads_other_sizes(rows, cols, cell):
     for scene in scenes(12, rows=rows, cols=cols):
         assert check(render(scene, cell), claim_of(scene), cell)["all"], scene
@@ -64,7 +64,7 @@ def test_checker_rejects_wrong_captions():
     rate = {key: np.mean([facts[key] for facts in wrong if facts[key] is not None]) for key in KEYS}
     assert rate["all"] == 0
     assert rate["colour"] < 0.15 and rate["shape"] < 0.2  # 1/8 and 1/6 for one thing, far less for more
-    assert 0.1 < rate["background"] < 0.3  # 1/5
+    assert 0.2 < rate["background"] < 0.45  # 1/3
     assert rate["relation"] < 0.25 and rate["texture"] < 0.4 and rate["size"] < 0.5 and rate["count"] < 0.5
 
 
@@ -104,8 +104,8 @@ def test_checker_counts():
         assert {k for k in KEYS if facts[k] is False} == {"count", "all"}
         facts = check(render(fewer), claim_of(scene))
         assert facts["count"] is False and facts["colour"] is False and facts["relation"] is False
-    empty = Image.new("RGB", (64, 64), BACKGROUNDS["grey"])
-    assert see(empty).things == () and see(empty).background == "grey"
+    empty = Image.new("RGB", (96, 96), BACKGROUNDS["beige"])
+    assert see(empty).things == () and see(empty).background == "beige"
     assert not check(empty, parse("a red circle"))["count"]
 
 
@@ -121,8 +121,8 @@ def test_a_broken_thing_is_not_accepted():
     for scene in scenes(200, split="any", count=1):
         thing = scene.things[0]
         pixels = np.asarray(render(scene)).copy()
-        half, wide = thing.cells * 4, thing.cells * 8
-        pixels[thing.row * 8:thing.row * 8 + half, thing.col * 8:thing.col * 8 + wide] = BACKGROUNDS[scene.background]
+        half, wide = thing.cells * 8, thing.cells * 16
+        pixels[thing.row * 16:thing.row * 16 + half, thing.col * 16:thing.col * 16 + wide] = BACKGROUNDS[scene.background]
         assert not check(pixels, claim_of(scene))["all"], scene
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     assert all(UNKNOWN in (t.colour, t.shape) for t in see(noise).things)
@@ -130,7 +130,7 @@ def test_a_broken_thing_is_not_accepted():
 
 def test_a_colour_or_a_background_of_no_name_is_unknown():
     pixels = np.full((64, 64, 3), 246, np.uint8)
-    pixels[9:31, 9:31] = (128, 128, 128)
+    pixels[17:47, 17:47] = (128, 128, 128)
     thing, = see(pixels).things
     assert (thing.colour, thing.shape, thing.size) == (UNKNOWN, "square", "large")
     assert see(np.full((64, 64, 3), (255, 0, 255), np.uint8)).background == UNKNOWN
