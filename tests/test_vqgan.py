@@ -376,10 +376,10 @@ def test_the_generators_term_weighs_as_much_as_the_reconstruction_at_the_last_la
 
 
 def test_foreground_weight_prefers_what_differs_from_the_median_colour():
-    pixels = torch.full((1, 3, 16, 16), 0.9)
-    pixels[:, :, 4:8, 4:8] = 0.1
+    pixels = torch.full((1, 3, 16, 16), 0.5)
+    pixels[:, :, 4:8, 4:8], pixels[:, :, 8:12, 8:12] = 0.1, 1.0
     weight = VQGANLoss(CONV, replace(TRAINING, foreground=4.0)).foreground_weight(pixels)
-    assert weight.mean() == pytest.approx(1.0) and weight[0, 0, 5, 5] / weight[0, 0, 0, 0] == pytest.approx(1 + 4 * 0.8)
+    assert weight.mean() == pytest.approx(1.0) and weight[0, 0, 5, 5] / weight[0, 0, 0, 0] == pytest.approx(1 + 4 * 0.4)
     assert torch.equal(VQGANLoss(CONV, TRAINING).foreground_weight(pixels), torch.ones(1, 1, 16, 16))
 
 
