@@ -1,6 +1,6 @@
 """Not in the paper: whether a picture of the rendered world is what its caption asked for, from pixels alone.
 
-The paper measures text-image agreement with trained evaluators (T2I-CompBench, Section 4). In our world every fact
+The paper measures text-image agreement with trained evaluators (T2I-CompBench, Sec. 4). In our world every fact
 is drawn by world.py, so a few rules on pixels decide them: `see` finds the things in a picture, `check` compares
 them with a Claim. A slightly blurred or off-colour reconstruction is read as a person would read it; a broken
 thing is called 'unknown' and never counts as right.

@@ -1,16 +1,28 @@
-"""Weight folders: `config.json` beside `model.safetensors`, written whole or not at all, read strictly.
+"""Files: weight folders (`config.json` beside `model.safetensors`), written whole or not at all, read strictly.
 
-Not in the paper. The one file that every other may import: the codec and the model read and write alike.
+Not in the paper. The one file that every other may import, so that the codec and the model read and write alike.
 """
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str):
+    """Bad input, a ValueError or an OSError, ends in one clear line and exit code 2, never in a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_beside(path: Path, write) -> None:
@@ -29,7 +41,7 @@ def write_json(path: Path, content) -> None:
 def read_json(path: Path) -> dict:
     """Reads one JSON object. Raises ValueError, one line, where the file is missing or malformed."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: not found, expected a JSON file")
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -54,7 +66,10 @@ def read_config(path: Path, kind):
         expected = fields[name].type
         if isinstance(expected, type) and not isinstance(value, (int, float) if expected is float else expected):
             raise ValueError(f"{path}: field {name!r} is {value!r}, expected {expected.__name__}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    try:
+        return kind(**content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def save_folder(directory: str | Path, model: nn.Module) -> None:
@@ -72,15 +87,15 @@ def load_tensors(path: Path, model: nn.Module, device="cpu") -> None:
     unexpected or of another shape. Shapes are checked before the first byte is copied.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: not found, expected a safetensors file")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             for name in sorted(wanted.keys() | found.keys()):
-                if found.get(name) != wanted.get(name):
-                    raise ValueError(f"{path}: tensor {name!r} has shape {found.get(name, 'none: it is missing')}, "
-                                     f"expected {wanted.get(name, 'none: it is unknown here')}")
+                have, want = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
+                if have != want:
+                    raise ValueError(f"{path}: {name} is {have}, expected {want}")
             model.load_state_dict({name: file.get_tensor(name) for name in wanted}, strict=True, assign=True)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
@@ -90,7 +105,7 @@ def load_folder(directory: str | Path, kind, config_kind, device="cpu"):
     """Reads what `save_folder` wrote -> the model, in evaluation mode. Raises ValueError, one line, see above."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder of weights")
+        raise ValueError(f"{directory}: not found, expected a folder with config.json and model.safetensors")
     with torch.device("meta"):
         model = kind(read_config(directory / "config.json", config_kind))
     load_tensors(directory / "model.safetensors", model, device)

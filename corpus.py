@@ -8,7 +8,8 @@ All colour-shape pairs occur: the language model knows every word and phrase tha
 import random
 from dataclasses import dataclass
 
-from world import BACKGROUNDS, CHINESE, COLOURS, DETAILS, LANGUAGES, SHAPES, SIZES, TEXTURES, Scene, Thing, caption, sample_scene
+from world import (BACKGROUNDS, CHINESE, COLOURS, DETAILS, LANGUAGES, SHAPES, SIZES, TEXTURES, Scene, Thing, caption,
+                   sample_scene)
 
 NUMBERS = {"en": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
            "zh": ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十")}
@@ -23,9 +24,9 @@ OPPOSITES = (("left", "right"), ("above", "below"), ("small", "large"), ("white"
 ASKED = {"en": {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"},
          "zh": {"left": "左边", "right": "右边", "above": "上方", "below": "下方"}}
 QUESTIONS = {
-    "en": {"colour": "what colour is the {}?", "shape": "what shape is {}?", "texture": "is the {} solid, striped or dotted?",
-           "size": "is the {} small or large?", "count": "how many things are there?", "background": "what is the background?",
-           "relation": "what is {r} the {}?", "order": "what do you see, in reading order?"},
+    "en": {"colour": "what colour is the {}?", "shape": "what shape is {}?", "size": "is the {} small or large?",
+           "texture": "is the {} solid, striped or dotted?", "count": "how many things are there?",
+           "background": "what is the background?", "relation": "what is {r} the {}?", "order": "what do you see, in reading order?"},
     "zh": {"colour": "{}是什么颜色？", "shape": "{}的是什么形状？", "texture": "{}是纯色、条纹还是波点？",
            "size": "{}是大号还是小号？", "count": "一共有几个？", "background": "背景是什么颜色？",
            "relation": "{}的{r}是什么？", "order": "依次看到什么？"}}

@@ -25,7 +25,7 @@ from tokenizer import Tokenizer, Vocabulary
 
 @dataclass(frozen=True)
 class Sequence:
-    """Ids of one training sequence, and which of them the loss of Eq. 1 is taken on (NOTES: a choice of ours)."""
+    """Ids of one training sequence, and which of them the loss of Eq. 1 is taken on: ours, the paper sums over all."""
     tokens: list[int]
     is_target: list[bool]
 
@@ -145,6 +145,10 @@ class World:
             self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things)
         return self.scenes[i]
 
+    def simple(self) -> list[int]:
+        """The pictures of one thing alone, for the first steps of a curriculum."""
+        return [i for i in range(len(self)) if len(self.scene(i)[0].things) == 1]
+
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB."""
         return world.render(self.scene(i)[0])
@@ -196,6 +200,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.records)
 
+    def simple(self) -> list[int]:
+        """All pictures: nothing tells which of a folder's are simple."""
+        return list(range(len(self)))
+
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
         return open_picture(self.records[i][0])
@@ -231,20 +239,25 @@ def encode_once(source: World | Folder, vqgan, side: int, cache: Path, batch: in
             images = [fit(source.image(i), side, side) for i in range(start, min(start + batch, len(source)))]
             pixels = torch.stack([to_pixels(image) for image in images]).to(device)       # (B, 3, H, W)
             codes[start:start + batch] = vqgan.encode(pixels).cpu().numpy()               # (B, h, w)
-        write_beside(cache, lambda p: np.save(p.open("wb"), codes))
+        write_beside(cache, lambda p: _save_array(p, codes))
         write_json(label, described)
     return np.load(cache, mmap_mode="r")
 
 
-def stage1_batch(source: World | Folder, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary,
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:                    # given a path, numpy would append its own suffix
+        np.save(file, array)
+
+
+def stage1_batch(source: World | Folder, codes: np.ndarray, indices, tokenizer: Tokenizer, vocabulary: Vocabulary,
                  batch: int, rng: random.Random, caption_share: float, drop: float = 0.1) -> tuple[Tensor, Tensor]:
     """Sec. 3.4, Stage I: one batch of text-to-image and captioning -> tokens (B, T), is_target (B, T).
 
-    caption_share: chance that a pair is used for captioning; drop: chance that a caption to draw from is `<uncond>`.
+    indices: the pictures to draw from; caption_share: chance that a pair is used for captioning; drop: chance that a caption to draw from is `<uncond>`.
     """
     sequences = []
     for _ in range(batch):
-        i = rng.randrange(len(source))
+        i = rng.choice(indices)
         text = source.caption(i, rng)
         if text is not None and rng.random() < caption_share:
             sequences.append(captioning(tokenizer.encode(text), codes[i], vocabulary, tokenizer.eos))

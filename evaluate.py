@@ -7,7 +7,6 @@ Not in the paper, whose tables need CLIP, Inception and human eyes: here a check
 import argparse
 import math
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from tqdm import tqdm
 import corpus
 import world
 from checker import KEYS, check
-from checkpoint import write_json
+from checkpoint import one_line_errors, write_json
 from data import text_batch
 from generate import TINY, Painter, Sampling, write_text
 from mars import MARS
@@ -144,7 +143,8 @@ def show(rows: list[dict]) -> str:
     lines = [f"{'':34}" + "".join(f"{key:>12}" for key in head)]
     groups = dict.fromkeys((row["task"], row["split"], row["language"]) for row in rows)
     for task, split, language in groups:
-        cells = {row["what"]: row for row in rows if (row["task"], row["split"], row["language"]) == (task, split, language)}
+        cells = {row["what"]: row for row in rows
+                 if (row["task"], row["split"], row["language"]) == (task, split, language)}
         lines.append(f"{task + ', ' + split + ', ' + language:34}" + "".join(
             f"{100 * cells[key]['share']:12.1f}" if key in cells else f"{'':12}" for key in head))
         whole = cells.get("all") or cells.get("exact")
@@ -173,7 +173,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
-    try:
+    with one_line_errors("evaluate.py"):
         painter = Painter.from_pretrained(args.weights, args.device)
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
         rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
@@ -187,9 +187,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"text: perplexity {report['text_perplexity']:.3f}, questions answered {100 * share:.1f}%")
         write_json(args.out, report)
         print(f"wrote {args.out}")
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 Shapes: B prompts, T tokens, V_t and V_v vocabularies, (h, w) latent grid.
 """
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_json
+from checkpoint import one_line_errors
 from data import captioning, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
 from mars import MARS
-from tokenizer import Tokenizer
+from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
 from vqgan import VQGAN
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -100,7 +100,7 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
     done = torch.zeros(len(prompts), dtype=torch.bool, device=hidden.device)
     written = []
     while len(written) < max_tokens and not done.all():
-        written.append(draw(model.text_head(hidden).float(), sampling, generator))
+        written.append(draw(model.text_logits(hidden).float(), sampling, generator))
         done |= written[-1] == eos
         if len(written) < max_tokens:
             hidden = model.hidden(written[-1][:, None], cache)[:, -1]
@@ -113,9 +113,9 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
 class Painter:
     """Not in the paper: model, codec and tokenizer of one weights folder, ready to draw and to describe."""
 
-    def __init__(self, model: MARS, vqgan: VQGAN, tokenizer: Tokenizer, side: int):
+    def __init__(self, model: MARS, vqgan: VQGAN, tokenizer: Tokenizer | QwenTokenizer, side: int):
         self.model, self.vqgan, self.tokenizer, self.side = model.eval(), vqgan.eval(), tokenizer, side
-        if model.vocabulary.codes != vqgan.config.num_embeddings or len(tokenizer) != model.vocabulary.text:
+        if model.vocabulary.codes != vqgan.config.num_embeddings or len(tokenizer) > model.vocabulary.text:
             raise ValueError(f"the model has {model.vocabulary.text} text tokens and {model.vocabulary.codes} codes, "
                              f"its tokenizer {len(tokenizer)} and its codec {vqgan.config.num_embeddings}")
 
@@ -127,7 +127,7 @@ class Painter:
         if not model.vocabulary.codes:
             raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
         vqgan = VQGAN.from_pretrained(directory / "vqgan", device)
-        return cls(model, vqgan, Tokenizer.from_pretrained(directory), vqgan.config.resolution)
+        return cls(model, vqgan, load_tokenizer(directory), vqgan.config.resolution)
 
     def encode_prompt(self, text: str) -> list[int]:
         """A prompt's ids. Raises ValueError, one line, where it is empty or longer than the context leaves room for."""
@@ -187,7 +187,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder with config.json, model.safetensors, ...")
+    parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder that train.py stage1 wrote")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--caption", metavar="IMAGE", help="describe this picture instead")
     args = parser.parse_args(arguments)
@@ -203,10 +203,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
-    try:
+    with one_line_errors("generate.py"):
         image = open_picture(args.caption) if args.caption else None
         painter = Painter.from_pretrained(args.weights, args.device)
-        if args.caption:
+        if image:
             print(painter.describe([image])[0])
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
@@ -214,9 +214,6 @@ def main(arguments: list[str] | None = None) -> None:
         images = painter.paint(prompts, sampling, args.seed)
         save_image(grid(images, columns=args.num if len(args.prompt) > 1 else 8), args.out)
         print(f"wrote {args.out}")
-    except ValueError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The language model that MARS grows out of is this same class with `codes=0`: tex
 
 Shapes: B batch, T tokens, D width, V_t text and V_v visual vocabulary, S tokens in the cache.
 """
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import qwen
 from checkpoint import load_folder, save_folder
 from semvie import Context, KVCache, RMSNorm, Router, SemVIEBlock, SemVIEConfig, rope_angles
 from tokenizer import Vocabulary
@@ -25,6 +27,7 @@ class MARSConfig(SemVIEConfig):
     context: int                  # longest sequence in tokens; 8,192 for Qwen-7B
     text_vocab: int               # V_t
     codes: int = 0                # size of the VQ-GAN's codebook; 0: the language model alone
+    tie_embeddings: bool = False  # True: the text head is the text embedding, as in the small Qwen2 models
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -62,7 +65,7 @@ class MARS(nn.Module):
         self.visual_embedding = nn.Embedding(V_v, D) if V_v else None
         self.blocks = nn.ModuleList(SemVIEBlock(block, layer) for layer in range(config.layers))
         self.norm = RMSNorm(D, config.norm_eps)
-        self.text_head = nn.Linear(D, V_t, bias=False)
+        self.text_head = None if config.tie_embeddings else nn.Linear(D, V_t, bias=False)
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -105,9 +108,13 @@ class MARS(nn.Module):
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_base)
         return Context(router, cos, sin, mask, cache)
 
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Sec. 3.3: l_t of hidden states (..., D) -> (..., V_t)."""
+        return F.linear(hidden, self.text_embedding.weight) if self.text_head is None else self.text_head(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Sec. 3.3: l_t and l_v side by side, for one softmax over both. (..., D) -> (..., V_t + V_v), float32."""
-        l_t = self.text_head(hidden)
+        l_t = self.text_logits(hidden)
         if self.vision_head is None:
             return l_t.float()
         return torch.cat((l_t, self.vision_head(hidden)), dim=-1).float()
@@ -167,20 +174,56 @@ class MARS(nn.Module):
         """
         config = dataclasses.replace(language.config, codes=codes, visual_experts=visual_experts,
                                      route_output=route_output)
-        model = cls(config)
-        source = language.state_dict()
-        with torch.no_grad():
-            for name, target in model.state_dict().items():
-                if not is_visual(name):
-                    target.copy_(source[name])
-                elif name == "visual_embedding.weight":
-                    rows = source["text_embedding.weight"]
-                    target.copy_(rows.mean(0) + noise * rows.std(0) * torch.randn(target.shape, generator=generator))
-                elif name == "vision_head.weight":
-                    target.copy_(source["text_head.weight"].mean(0).expand_as(target))
-                else:
-                    target.copy_(source[name.replace("visual_", "")])
+        with torch.device("meta"):
+            model = cls(config)
+        for name, tensor in language.state_dict().items():
+            if not is_visual(name):
+                model._put(name, tensor.clone())
+        model._grow(noise, generator)
         return model
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Makes `tensor` the parameter `name`."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+    @torch.no_grad()
+    def _grow(self, noise: float, generator: torch.Generator | None) -> None:
+        """Fills the visual side, still on the meta device, from the language side."""
+        for name, parameter in list(self.named_parameters()):
+            if name == "visual_embedding.weight":
+                rows = self.text_embedding.weight
+                tensor = rows.mean(0, dtype=torch.float32).expand(parameter.shape)
+                if noise:
+                    random = torch.randn(parameter.shape, generator=generator).to(rows.device)
+                    tensor = tensor + noise * rows.float().std(0) * random
+                self._put(name, tensor.to(rows.dtype, copy=True).contiguous())
+            elif name == "vision_head.weight":
+                rows = self.text_embedding.weight if self.text_head is None else self.text_head.weight
+                mean = rows.mean(0, dtype=torch.float32).to(rows.dtype)
+                self._put(name, mean.expand(parameter.shape).contiguous())
+            elif is_visual(name):
+                self._put(name, self.get_parameter(name.replace("visual_", "")).detach().clone())
+
+    @classmethod
+    def from_qwen(cls, directory: str | Path, codes: int = 8192, *, dtype: torch.dtype = torch.bfloat16,
+                  device="cpu", visual_experts: bool = True, route_output: bool = False, noise: float = 0.0) -> "MARS":
+        """Sec. 3.3: grows a MARS out of a folder of Qwen's or Qwen2's published weights; codes=0: Qwen alone.
+
+        Built on the meta device; shards are memory-mapped and copied tensor by tensor, so that no more than the
+        model that results and one shard are ever in memory. Raises ValueError, one line, for a bad folder.
+        """
+        layout, fields = qwen.read_layout(Path(directory))
+        config = MARSConfig(**fields, codes=codes, visual_experts=visual_experts, route_output=route_output)
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, rows, tensor in qwen.stream(Path(directory), layout, shapes, config):
+            if model.get_parameter(name).is_meta:
+                model._put(name, torch.empty(shapes[name], dtype=dtype, device=device))
+            model.get_parameter(name).data[rows].copy_(tensor)
+        model._grow(noise, None)
+        return model.eval()
 
     # ------------------------------------------------------------------------- files
 
@@ -197,3 +240,60 @@ class MARS(nn.Module):
 def is_visual(name: str) -> bool:
     """Sec. 3.3: whether the parameter `name` belongs to the visual side: embedding, experts or vision head."""
     return "visual_" in name or name.startswith("vision_head.")
+
+
+# ----------------------------------------------------------------------------- what it will cost
+
+PRESETS = {
+    "qwen-7b": MARSConfig(width=4096, heads=32, kv_heads=32, ffn_width=11008, layers=32, context=8192,
+                          text_vocab=151_936, codes=8192),
+    "qwen2.5-0.5b": MARSConfig(width=896, heads=14, kv_heads=2, ffn_width=4864, layers=24, context=32_768,
+                               text_vocab=151_936, rope_base=1e6, tie_embeddings=True, codes=8192),
+}
+
+
+def count_parameters(config: MARSConfig) -> tuple[int, int]:
+    """Parameters of the language side and of the visual side, counted on the meta device."""
+    with torch.device("meta"):
+        model = MARS(config)
+    sizes = [(is_visual(name), parameter.numel()) for name, parameter in model.named_parameters()]
+    return sum(n for visual, n in sizes if not visual), sum(n for visual, n in sizes if visual)
+
+
+def forecast(config: MARSConfig, gpus: int = 8, rows: int = 64 * 330, chunk: int = 4096) -> dict[str, float]:
+    """Not in the paper: bytes a GPU needs in training, before activations, for each way to train; and the logits'.
+
+    AdamW keeps 12 bytes a trainable parameter (float32 master copy and two moments). rows: tokens in a batch of 64
+    pairs of 256 x 256 pixels.
+    """
+    frozen, trained = count_parameters(config)
+    if not config.visual_experts:
+        frozen, trained = 0, frozen + trained
+    weights, gradients, optimiser = 2 * (frozen + trained), 2 * trained, 12 * trained
+    return {"DDP, float32 AdamW": 2 * frozen + 16 * trained,
+            f"sharded optimiser (ZeRO-1), {gpus} GPUs": weights + gradients + optimiser / gpus,
+            f"fully sharded (ZeRO-3, the paper's), {gpus} GPUs": (weights + gradients + optimiser) / gpus,
+            "logits whole, float32": 4 * rows * config.vocabulary.size,
+            f"logits in chunks of {chunk}": 4 * min(rows, chunk) * config.vocabulary.size}
+
+
+def describe_cost(config: MARSConfig) -> str:
+    """The forecast as lines to print, before anything is allocated."""
+    frozen, trained = count_parameters(config)
+    lines = [f"{'language side':44}{frozen:>16,} parameters, {2 * frozen / 1e9:.1f} GB in bfloat16",
+             f"{'visual side':44}{trained:>16,} parameters, {2 * trained / 1e9:.1f} GB in bfloat16",
+             f"{'memory of a GPU in training:':44}"]
+    return "\n".join(lines + [f"  {name:42}{size / 1e9:>16.1f} GB" for name, size in forecast(config).items()])
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Forecasts what a MARS of a given size needs; reads no weights.")
+    parser.add_argument("--plan", choices=PRESETS, required=True)
+    parser.add_argument("--route-output", action="store_true", help="a W_O of its own for the visual side")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    print(describe_cost(dataclasses.replace(PRESETS[args.plan], route_output=args.route_output)))

@@ -7,8 +7,9 @@ Not in the paper. The only file that needs matplotlib, which nothing else does.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from checkpoint import one_line_errors
 
 MEASURED = ("colour", "shape", "texture", "size", "count", "relation", "all", "look_up", "psnr")
 
@@ -39,14 +40,19 @@ def curves(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command: one clear line and exit code 2 for bad input."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Draws the curves of a training run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", type=Path, help="the --out of train.py")
     parser.add_argument("--out", type=Path, default="curves.png")
-    args = parser.parse_args(arguments)
-    try:
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one clear line and exit code 2 for bad input."""
+    args = parse_arguments(arguments)
+    with one_line_errors("plot.py"):
         found = curves(read_metrics(args.run / "metrics.jsonl"))
         try:
             from matplotlib.figure import Figure
@@ -63,9 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
             right.legend(fontsize="small")
         figure.savefig(args.out, dpi=110, format="png")
         print(f"wrote {args.out}")
-    except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,15 @@ class SemVIEConfig:
     visual_experts: bool = True   # False: no visual experts, the ablation of Table 3
     route_output: bool = False    # True: W_O per modality too, the other reading of Fig. 3
 
+    def __post_init__(self):
+        for name in ("width", "heads", "kv_heads", "ffn_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width is {self.width}, expected a multiple of twice the {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads is {self.heads}, expected a multiple of the {self.kv_heads} kv_heads")
+
     @property
     def head_width(self) -> int:
         """d, the width of one head."""
@@ -36,8 +45,9 @@ class SemVIEConfig:
 class Router:
     """Eq. 3: `r_t, r_v = Router(...)`: sorts the tokens of a batch by modality, text first, once a forward.
 
-    The modality is known from the token's id; nothing is learned. All layers then work on one packed
-    (N, D) tensor whose first rows are text, so an expert reads a slice and a token costs one expert. Padding is left out of the packed rows and costs nothing. Example, T text, V visual, . padding:
+    The modality is known from the token's id; nothing is learned. All layers then work on one packed (N, D) tensor
+    whose first rows are text, so that an expert reads a slice and a token costs one expert. Padding is left out of
+    the packed rows and costs nothing. Example, T text, V visual, . padding:
 
         T T V V .       packed rows:  T T T V V V V
         T V V . .                     0 1 5 2 3 6 7   (places in the flattened batch)

@@ -2,7 +2,9 @@
 
 Shapes: V_t text vocabulary, V_v visual vocabulary (codes, special tokens, padding rows).
 """
+import base64
 import io
+import json
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -101,3 +103,83 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_bytes(self.model)
         os.replace(path.with_suffix(".tmp"), path)
+
+
+class QwenTokenizer:
+    """Sec. 3.3: Qwen's byte-level BPE, behind the same interface, read by the optional package `tiktoken`.
+
+    Reads `qwen.tiktoken` (Qwen) or `vocab.json` with `merges.txt` (Qwen2, Qwen2.5): the same ids. Special tokens are
+    recognised only with `special=True`: a prompt that contains "<|endoftext|>" is text.
+    """
+    FILE = "qwen.tiktoken"
+    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+    def __init__(self, ranks: dict[bytes, int]):
+        try:
+            import tiktoken
+        except ImportError:
+            raise ValueError("Qwen's tokenizer needs the package tiktoken: pip install tiktoken") from None
+        special = {token: len(ranks) + i for i, token in enumerate(self.SPECIAL)}
+        self.bpe = tiktoken.Encoding("qwen", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def __len__(self) -> int:
+        """How many ids there are; V_t of the model may be larger, padded."""
+        return self.bpe.n_vocab
+
+    @property
+    def eos(self) -> int:
+        """Id of `<|endoftext|>`."""
+        return self.bpe.encode_single_token("<|endoftext|>")
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Text -> ids. special: read `<|endoftext|>` and its like as control tokens, not as text."""
+        text = unicodedata.normalize("NFC", text)
+        return self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text; bytes that are no whole character yet become U+FFFD, special tokens leave no trace."""
+        return self.bpe.decode([i for i in ids if i < self.eos], errors="replace")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "QwenTokenizer":
+        """Reads a folder's ranks. Raises ValueError, one line, where they are missing or malformed."""
+        path = Path(directory) / cls.FILE
+        if path.is_file():
+            return cls(_read_ranks(path))
+        return cls(_read_vocabulary(Path(directory)))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """`qwen.tiktoken`: a line a token, its bytes in base64 and its rank."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: expected a token in base64 and its rank") from None
+    return ranks
+
+
+def _read_vocabulary(directory: Path) -> dict[bytes, int]:
+    """`vocab.json` of the Qwen2 family, whose ids are ranks too: it writes each byte as a printable character."""
+    path = directory / "vocab.json"
+    for needed in (path, directory / "merges.txt"):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: not found; expected {QwenTokenizer.FILE}, or vocab.json with merges.txt")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    try:
+        ranks = json.loads(path.read_text(encoding="utf-8"))
+        return {bytes(byte_of[letter] for letter in token): rank for token, rank in ranks.items()}
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path}: not a byte-level vocabulary, expected tokens and their ids") from None
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer | QwenTokenizer:
+    """The tokenizer that a weights folder holds. Raises ValueError, one line, where there is none."""
+    qwen = any((Path(directory) / name).is_file() for name in (QwenTokenizer.FILE, "vocab.json"))
+    return (QwenTokenizer if qwen else Tokenizer).from_pretrained(directory)

@@ -10,12 +10,10 @@ Shapes: B batch, T tokens.
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 import corpus
-import vqgan as codec
 import world
-from checkpoint import write_beside
-from data import Folder, collate, encode_once, fit, grid, open_source, save_image, stage1_batch, text_batch, to_image, to_pixels
+from checkpoint import one_line_errors, write_beside
+from data import (Folder, encode_once, fit, grid, open_source, save_image, stage1_batch, text_batch, to_image,
+                  to_pixels)
 from evaluate import accuracy, look_up
 from generate import TINY, Painter
 from mars import MARS, MARSConfig
@@ -55,7 +53,8 @@ class Preset:
     pictures: int                 # how many pictures of the rendered world there are
     things: int | None = None     # how many things a picture of the rendered world shows, None: one to three
     row: int = 192                # tokens in a row of pre-training text
-    caption_share: float = 0.5    # of pairs used for captioning, NOTES: ours
+    caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
+    curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     noise: float = 1.0            # on the initial visual embeddings, see MARS.from_language_model
 
 
@@ -63,7 +62,6 @@ class Preset:
 
 class VQGANStage:
     """Sec. 3.3, Tokenization: trains the codec on pictures alone."""
-    files = "vqgan"
 
     def __init__(self, args, preset: Preset):
         self.args, self.recipe = args, args.recipe
@@ -147,6 +145,7 @@ class Stage1:
         side = self.vqgan.config.resolution
         self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
         self.codes = encode_once(self.source, self.vqgan, side, args.out / "codes.npy")
+        self.simple, self.all = self.source.simple(), range(len(self.source))
         self.model = MARS.from_language_model(
             MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings, noise=preset.noise,
             generator=torch.Generator().manual_seed(args.seed)).to(args.device)
@@ -156,7 +155,8 @@ class Stage1:
 
     def loss(self, step: int, rng: random.Random):
         """-> loss to back-propagate, log entries, tokens seen."""
-        tokens, is_target = stage1_batch(self.source, self.codes, self.tokenizer, self.model.vocabulary,
+        indices = self.simple if step < self.preset.curriculum * self.recipe.steps else self.all
+        tokens, is_target = stage1_batch(self.source, self.codes, indices, self.tokenizer, self.model.vocabulary,
                                          self.recipe.batch, rng, self.preset.caption_share)
         loss = self.model.loss(tokens.to(self.args.device), is_target.to(self.args.device))
         return loss, {"loss": loss.item()}, tokens.numel()
@@ -297,8 +297,8 @@ PRESETS = {
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(11000, 32, 2e-3)},
-        pictures=60_000, caption_share=0.25),
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(8500, 32, 2e-3)},
+        pictures=60_000, caption_share=0.25, curriculum=0.3),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
@@ -348,17 +348,13 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     preset = PRESETS[args.preset]
-    try:
+    with one_line_errors("train.py"):
         if args.stage != "all":
             run_stage(args, preset)
             return
         for stage in STAGES:
-            out = args.out / stage
-            run_stage(argparse.Namespace(**{**vars(args), "stage": stage, "out": out, "vqgan": args.out / "vqgan",
-                                            "language": args.out / "text"}), preset)
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+            run_stage(argparse.Namespace(**{**vars(args), "stage": stage, "out": args.out / stage,
+                                            "vqgan": args.out / "vqgan", "language": args.out / "text"}), preset)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture tokeniser of MARS (Section 3.2: "VQ-GAN", 16x down-sampling, 8,192 codes).
+"""The picture tokeniser of MARS (Sec. 3.3: "VQ-GAN", 16x down-sampling, 8,192 codes).
 
 A picture becomes a small grid of integers, each the index of the nearest vector in a learned codebook, and the grid
 becomes a picture again. Names and shapes of all parameters are those of open-muse's VQGAN (taming's architecture),
@@ -8,22 +8,20 @@ Shapes: B batch, C channels, H, W pixels, h = H / factor and w = W / factor the 
 V number of codes, N = B * h * w latent vectors.
 """
 
-import json
-import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+from checkpoint import load_tensors, read_json, save_folder
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Section 3.2, with open-muse's field names; the defaults are `vqgan-f16-8192-laion`."""
+    """Sec. 3.3, with open-muse's field names; the defaults are `vqgan-f16-8192-laion`."""
     resolution: int = 256                        # side at which `attn_resolutions` is counted; any size can be encoded
     num_channels: int = 3                        # RGB
     hidden_channels: int = 128                   # width of the first level
@@ -86,7 +84,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Section 3.2 (taming): two 3x3 convolutions round a bypass."""
+    """Sec. 3.3 (taming): two 3x3 convolutions round a bypass."""
 
     def __init__(self, c_in: int, c_out: int, dropout: float):
         super().__init__()
@@ -105,7 +103,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Section 3.2 (taming): attention of one head over all positions."""
+    """Sec. 3.3 (taming): attention of one head over all positions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -120,7 +118,7 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Section 3.2 (taming): half or twice the resolution. The one-sided padding is taming's."""
+    """Sec. 3.3 (taming): half or twice the resolution. The one-sided padding is taming's."""
 
     def __init__(self, channels: int, config: VQGANConfig, up: bool):
         super().__init__()
@@ -135,7 +133,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """Section 3.2 (taming): the blocks at one resolution, and the way to the next."""
+    """Sec. 3.3 (taming): the blocks at one resolution, and the way to the next."""
 
     def __init__(self, config: VQGANConfig, c_in: int, c_out: int, blocks: int, level: int, up: bool):
         super().__init__()
@@ -155,7 +153,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Section 3.2 (taming): two residual blocks with attention between them, at the latent resolution."""
+    """Sec. 3.3 (taming): two residual blocks with attention between them, at the latent resolution."""
 
     def __init__(self, config: VQGANConfig, channels: int):
         super().__init__()
@@ -168,7 +166,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Section 3.2 (taming): pixels to latents. Group norm and attention let every code depend on the whole picture."""
+    """Sec. 3.3 (taming): pixels to latents. Group norm and attention let every code depend on the whole picture."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -188,7 +186,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Section 3.2 (taming): latents to pixels, the encoder's mirror image with one more block per level."""
+    """Sec. 3.3 (taming): latents to pixels, the encoder's mirror image with one more block per level."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -270,7 +268,7 @@ class PatchDecoder(nn.Module):
 # --- the codebook ---
 
 class Codebook(nn.Module):
-    """Section 3.2: V vectors of width D; a latent vector is replaced by the nearest of them."""
+    """Sec. 3.3: V vectors of width D; a latent vector is replaced by the nearest of them."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -294,7 +292,7 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Section 3.2: pixels in [0, 1] to codes and back."""
+    """Sec. 3.3: pixels in [0, 1] to codes and back."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -366,40 +364,24 @@ class VQGAN(nn.Module):
         return self.paint(z + (z_q - z).detach()), z, z_q, codes
 
     def save_pretrained(self, folder) -> None:
-        """config.json and model.safetensors, each written beside its place and renamed: never half a file."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "config.json.tmp").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        for name in ("config.json", "model.safetensors"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        """Writes config.json and model.safetensors, each beside its place and renamed."""
+        save_folder(folder, self)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu") -> "VQGAN":
         """From a folder of ours or of open-muse, or from a MARS folder that keeps its codec in `vqgan`."""
         folder = Path(folder)
         folder = folder / "vqgan" if (folder / "vqgan").is_dir() else folder
-        for path in (folder, folder / "config.json", folder / "model.safetensors"):
-            if not path.exists():
-                raise ValueError(f"{path}: not found, expected a VQGAN folder with config.json and model.safetensors")
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: not found, expected a VQGAN folder with config.json and model.safetensors")
+        values = read_json(folder / "config.json")
         try:
-            config = VQGANConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        except (ValueError, AttributeError) as error:  # AttributeError: JSON, but not an object
-            raise ValueError(f'{folder / "config.json"}: not a VQGAN configuration: {error}') from None
-        path = folder / "model.safetensors"
-        try:
-            weights = load_file(path, device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+            config = VQGANConfig.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: not a VQGAN configuration: {error}") from None
         with torch.device("meta"):
             vqgan = cls(config)
-        expected = vqgan.state_dict()
-        for name in sorted(expected.keys() | weights.keys()):
-            want, have = (tuple(d[name].shape) if name in d else "no such tensor" for d in (expected, weights))
-            if want != have:
-                raise ValueError(f"{path}: {name} is {have}, expected {want}")
-        vqgan.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True, assign=True)
+        load_tensors(folder / "model.safetensors", vqgan, device)
         return vqgan.eval()
 
 
@@ -407,7 +389,7 @@ class VQGAN(nn.Module):
 
 @dataclass(frozen=True)
 class VQGANTraining:
-    """Section 3.2 takes its VQ-GAN as given; these are the settings to train one, VQ-GAN's own by default."""
+    """Sec. 3.3 takes its VQ-GAN as given; these are the settings to train one, VQ-GAN's own by default."""
     l1: float = 1.0                    # weight of the absolute error
     l2: float = 0.0                    # weight of the squared error
     codebook: float = 1.0              # weight of the codebook loss (with the commitment loss in it)
@@ -422,7 +404,7 @@ class VQGANTraining:
 
 
 class Discriminator(nn.Sequential):
-    """Section 3.2 (taming): the PatchGAN of pix2pix, which judges patches of about 70 pixels. Batch norm keeps no
+    """Sec. 3.3 (taming): the PatchGAN of pix2pix, which judges patches of about 70 pixels. Batch norm keeps no
     running averages: as in taming, it is only ever used with the statistics of the batch."""
 
     def __init__(self, num_channels: int, width: int):
@@ -437,7 +419,7 @@ class Discriminator(nn.Sequential):
 
 
 class VQGANLoss(nn.Module):
-    """Section 3.2 (VQ-GAN): reconstruction, codebook and commitment losses and, from `disc_start` on, a hinge GAN.
+    """Sec. 3.3 (VQ-GAN): reconstruction, codebook and commitment losses and, from `disc_start` on, a hinge GAN.
 
     Not as in VQ-GAN: no perceptual loss (LPIPS), as it needs a downloaded network. One optimiser serves `vqgan` and
     this module together: the generator's term gives the discriminator no gradient, the discriminator's term gives
@@ -535,16 +517,3 @@ class VQGANLoss(nn.Module):
             rows = dead.nonzero()[:n, 0]  # (n,)
             new = z_flat[torch.multinomial(error, n).to(z.device)]  # (n, D)
             codebook.embedding.weight[rows], self.ema_sum[rows], self.ema_count[rows] = new, new, 1.0
-
-
-# Name -> configuration, training, pictures a step, peak learning rate, steps. "f16-8192" is the paper's codec, whose
-# weights are published: its recipe has never been run here. "tiny" and "nano" are for the rendered scenes of world.py
-# and start from `initialise`, which does nearly all the work.
-SMALL = VQGANConfig(resolution=96, hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
-                    attn_resolutions=(), z_channels=768, num_embeddings=2304, quantized_embed_dim=96, patches=True)
-GENTLE = VQGANTraining(gan=0.0, foreground=4.0, ema=0.9, restart_every=100, restart_until=100)
-PRESETS = {
-    "f16-8192": (VQGANConfig(), VQGANTraining(), 256, 1e-4, 400_000),
-    "tiny": (SMALL, replace(GENTLE, restart_until=200), 64, 1e-4, 300),
-    "nano": (SMALL, GENTLE, 64, 1e-4, 200),
-}

@@ -2,7 +2,7 @@
 
 The paper trains on 200 million captioned pictures. To see MARS learn on one small machine, this file draws
 pictures whose every fact is known, writes captions for them in English and Chinese, coarse and fine (like those
-of Stages I and II, Section 3.4), and reads a caption back into the facts that it states, so that checker.py can
+of Stages I and II, Sec. 3.4), and reads a caption back into the facts that it states, so that checker.py can
 tell from pixels alone whether a generated picture is right.
 
     Scene --render--> picture          Scene --caption--> text --parse--> Claim

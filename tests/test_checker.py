@@ -121,8 +121,8 @@ def test_a_broken_thing_is_not_accepted():
     for scene in scenes(200, split="any", count=1):
         thing = scene.things[0]
         pixels = np.asarray(render(scene)).copy()
-        half, wide = thing.cells * 8, thing.cells * 16
-        pixels[thing.row * 16:thing.row * 16 + half, thing.col * 16:thing.col * 16 + wide] = BACKGROUNDS[scene.background]
+        top, left, side = thing.row * 16, thing.col * 16, thing.cells * 16
+        pixels[top:top + side // 2, left:left + side] = BACKGROUNDS[scene.background]
         assert not check(pixels, claim_of(scene))["all"], scene
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     assert all(UNKNOWN in (t.colour, t.shape) for t in see(noise).things)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import data
-from data import Folder, World, captioning, collate, fit, open_picture, prompt, stage1_batch, text_to_image, to_image, to_pixels
+from data import (Folder, World, captioning, collate, fit, open_picture, prompt, stage1_batch, text_to_image, to_image,
+                  to_pixels)
 from tokenizer import Tokenizer, Vocabulary
 
 VOCABULARY = Vocabulary(text=42, codes=16)
@@ -77,7 +78,7 @@ def test_one_caption_in_ten_is_dropped_and_the_share_of_captioning_is_as_asked(t
     codes = np.zeros((50, 2, 2), np.int32)
     rng = random.Random(0)
     source.caption = lambda i, rng: "a red circle"
-    tokens, _ = stage1_batch(source, codes, tokenizer, vocabulary, 2000, rng, caption_share=0.3)
+    tokens, _ = stage1_batch(source, codes, range(50), tokenizer, vocabulary, 2000, rng, caption_share=0.3)
     first = tokens[:, 0]
     assert abs((first == vocabulary.special("<img>")).float().mean() - 0.3) < 0.04
     assert abs((first == vocabulary.special("<uncond>")).float().mean() - 0.07) < 0.03

@@ -1,5 +1,6 @@
 """Claims about SemVIE and MARS (paper Sec. 3.1 to 3.3)."""
 import dataclasses
+import json
 import math
 
 import pytest
@@ -261,3 +262,28 @@ def test_swiglu_is_down_of_silu_gate_times_up():
     ffn, x = SwiGLU(8, 12), torch.randn(5, 8)
     gate, up, down = ffn.gate.weight, ffn.up.weight, ffn.down.weight
     torch.testing.assert_close(ffn(x), (x @ gate.T * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"heads": 5}, "width is 32, expected a multiple of twice the 5 heads"),
+    ({"kv_heads": 3}, "heads is 4, expected a multiple of the 3 kv_heads"),
+    ({"layers": "two"}, "field 'layers' is 'two', expected int"),
+    ({"depth": 2}, "unknown field 'depth'"),
+    ({"codes": 24}, "vision_head.weight is (22, 32), expected (30, 32)"),
+])
+def test_a_bad_config_is_refused_in_one_line(mars, tmp_path, change, message):
+    mars.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError) as error:
+        MARS.from_pretrained(tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_without_a_field_is_refused(mars, tmp_path):
+    mars.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_base"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="field 'rope_base' is missing"):
+        MARS.from_pretrained(tmp_path)

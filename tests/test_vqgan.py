@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import world
-from vqgan import PRESETS, VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
+from train import PRESETS
+from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
 GOLDEN = Path(__file__).parent / "golden"
 CONV = VQGANConfig(resolution=16, hidden_channels=32, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(4,),
@@ -138,7 +139,7 @@ def test_initialise_makes_a_codec_that_loses_nothing_on_few_distinct_cells():
 
 
 def test_tiny_preset_tells_every_cell_of_the_rendered_world_apart_before_training():
-    config, rng = PRESETS["tiny"][0], random.Random(0)
+    config, rng = PRESETS["tiny"].codec, random.Random(0)
     scenes = [world.sample_scene(rng, "any") for _ in range(120)]
     pixels = torch.from_numpy(np.stack([world.render(s) for s in scenes])).permute(0, 3, 1, 2) / 255  # (B, 3, 96, 96)
     torch.manual_seed(0)
@@ -148,7 +149,7 @@ def test_tiny_preset_tells_every_cell_of_the_rendered_world_apart_before_trainin
     codes = vqgan.encode(pixels)
     kinds, kind = cells.unique(dim=0, return_inverse=True)
     assert len(kinds) == len(codes.unique()) == len(torch.stack([kind, codes.flatten()]).unique(dim=1).T)
-    assert PRESETS["nano"][0] == config
+    assert PRESETS["nano"].codec == config
 
 
 def test_initialise_is_refused_for_convolutions():
@@ -197,9 +198,9 @@ BAD = {
     "missing weights": (break_file("model.safetensors", lambda c: None), r"model\.safetensors: not found, expected"),
     "truncated": (break_file("model.safetensors", lambda c: c[:-100]), r"model\.safetensors: not a whole safetensors"),
     "empty": (break_file("model.safetensors", lambda c: b""), r"model\.safetensors: not a whole safetensors"),
-    "not JSON": (break_file("config.json", lambda c: c[:-5]), r"config\.json: not a VQGAN configuration"),
-    "not an object": (break_file("config.json", lambda c: b"[1]"), r"config\.json: not a VQGAN configuration"),
-    "not text": (break_file("config.json", lambda c: b"\xff\xfe\xfd"), r"config\.json: not a VQGAN configuration"),
+    "not JSON": (break_file("config.json", lambda c: c[:-5]), r"config\.json: not JSON"),
+    "not an object": (break_file("config.json", lambda c: b"[1]"), r"config\.json: expected a JSON object"),
+    "not text": (break_file("config.json", lambda c: b"\xff\xfe\xfd"), r"config\.json: not JSON"),
     "word for number": (break_config(z_channels="8"), r"config\.json: .*z_channels is '8', expected a whole number"),
     "no levels": (break_config(channel_mult=[]), r"config\.json: .*channel_mult is empty"),
     "odd width": (break_config(hidden_channels=48), r"config\.json: .*48, expected a multiple of 32"),
@@ -270,6 +271,8 @@ def test_dead_codes_are_restarted_where_latents_are_badly_served_and_only_when_d
     kept = weight[used].detach().clone()
     criterion(vqgan, pictures(8), 2)
     assert (weight < 500).all() and torch.equal(weight[used], kept) and criterion.usage.sum() == 0
+    dead = torch.ones(32).index_fill(0, used, 0).bool()
+    assert torch.equal(criterion.ema_sum[dead], weight[dead]) and (criterion.ema_count[dead] == 1).all()
     usage = criterion(vqgan, pictures(8), 3)[1]["usage"]
     assert usage > len(used) / 32
     with torch.no_grad():

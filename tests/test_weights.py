@@ -1,0 +1,164 @@
+"""Claims about the weights that ship, and about the README that shows them."""
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import corpus
+import evaluate
+import train
+import world
+from checker import check
+from generate import TINY, Painter
+from mars import MARS, is_visual
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    return Painter.from_pretrained(TINY)
+
+
+def command(*arguments, folder):
+    """Runs a program of the repository from another folder, in a process of its own."""
+    return subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:]], cwd=folder, capture_output=True,
+                          text=True, timeout=120)
+
+
+def test_a_prompt_becomes_the_right_picture_within_ten_seconds_of_a_cold_process(tmp_path):
+    started = time.perf_counter()
+    done = command("generate.py", "a red circle above a blue square", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 10
+    image = Image.open(tmp_path / "out.png")
+    assert image.size == (96, 96)
+    assert check(image, world.parse("a red circle above a blue square"))["all"]
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path):
+    for name in ("a.png", "b.png"):
+        assert command("generate.py", "蓝色方形", "--seed", "3", "-o", name, folder=tmp_path).returncode == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_picture_is_described_by_a_caption_that_is_true_of_it(tmp_path):
+    scene = world.Scene((world.Thing("red", "circle", "solid", "large", 1, 1),), "white", ())
+    world.render(scene).save(tmp_path / "scene.png")
+    done = command("generate.py", "--caption", "scene.png", folder=tmp_path)
+    assert done.returncode == 0 and evaluate.true_of(world.parse(done.stdout), scene), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([""], "the prompt is empty"),
+    (["red " * 600], "tokens; at most"),
+    (["x", "--weights", "nowhere"], "nowhere: not found"),
+    (["x", "-o", "file/out.png"], "file/out.png: cannot write the picture"),
+    (["--caption", "file"], "file: not a whole image file"),
+])
+def test_bad_input_ends_in_one_clear_line_and_exit_code_2(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("")
+    done = command("generate.py", *arguments, folder=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "not a whole safetensors file"),
+    (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.model: no such file"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+    (lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"layers": 4', '"layers": 3')), "expected no such tensor"),
+    (lambda folder: (folder / "vqgan" / "config.json").unlink(), "config.json: not found"),
+])
+def test_a_bad_weights_folder_is_named_in_one_line(tmp_path, change, message):
+    for path in TINY.rglob("*"):
+        if path.is_file():
+            target = tmp_path / path.relative_to(TINY)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    change(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Painter.from_pretrained(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_weights_weigh_less_than_25_mb():
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 25e6
+
+
+def test_shipped_text_logits_are_those_of_the_language_part_alone(painter):
+    """The language model is what is left without the visual side: same weights, same bits."""
+    model = painter.model
+    config = type(model.config)(**{**vars(model.config), "codes": 0})
+    language = MARS(config).eval()
+    language.load_state_dict({n: t for n, t in model.state_dict().items() if not is_visual(n)})
+    rng = random.Random(0)
+    for _ in range(5):
+        tokens = torch.tensor([painter.tokenizer.encode(corpus.document(rng))])
+        assert torch.equal(model(tokens)[..., :model.vocabulary.text], language(tokens))
+
+
+def test_report_is_of_the_size_that_is_asked_for():
+    report = json.loads((TINY / "report.json").read_text())
+    whole = {(row["split"], row["language"]): row for row in report["rows"]
+             if row["task"] == "drawing" and row["what"] == "all"}
+    for split in ("seen pairs", "unseen combinations", "held-out pairs"):
+        assert whole[split, "both"]["n"] >= 300 and whole[split, "zh"]["n"] * 2 == whole[split, "both"]["n"]
+
+
+def test_fresh_samples_agree_with_the_shipped_report(painter):
+    """40 new prompts: as many right as the report says, within 4 standard deviations."""
+    report = json.loads((TINY / "report.json").read_text())
+    expected = next(row["share"] for row in report["rows"] if (row["task"], row["split"], row["language"],
+                    row["what"]) == ("drawing", "seen pairs", "both", "all"))
+    asked = evaluate.questions("train", 40, seed=77)
+    found = evaluate.accuracy(painter.paint([text for _, text, _ in asked]), [text for _, text, _ in asked])["all"]
+    assert abs(found - expected) < 4 * (expected * (1 - expected) / 40 + 1e-3) ** 0.5
+
+
+# ----------------------------------------------------------------------------- the README
+
+def test_readme_shows_the_shipped_report():
+    report = json.loads((TINY / "report.json").read_text())
+    assert evaluate.show(report["rows"]) in README
+
+
+def test_every_file_function_and_test_that_the_readme_names_exists():
+    sources = {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert name in sources, name
+    everything = "\n".join(sources.values())
+    for line in re.findall(r"^\|.*`test_.*$", README, re.M):
+        code, test = line.split("|")[2:4]
+        assert f"def {test.strip(' `')}(" in everything, test
+        file, *names = re.findall(r"`([\w.]+)`", code)
+        for name in names:
+            last = re.escape(name.split(".")[-1])
+            assert name in sources or re.search(rf"(class|def) {last}\b|^ +{last}:", everything, re.M), name
+    for path in re.findall(r"\]\((docs/[\w.]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_command_of_the_readme_is_understood():
+    """Flags and presets of each printed command exist; the two first commands run in full elsewhere."""
+    seen = 0
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for line in block.strip().splitlines():
+            for part in line.split("&&"):
+                words = re.findall(r'"[^"]*"|\S+', part.strip())
+                if words[:1] == ["python"] and words[1].endswith(".py"):
+                    arguments = [word.strip('"') for word in words[2:]]
+                    program = {"train.py": train, "evaluate.py": evaluate}.get(words[1])
+                    program = program or __import__(words[1][:-3])
+                    program.parse_arguments(arguments)
+                    seen += 1
+    assert seen >= 6
