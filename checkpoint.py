@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -80,25 +81,47 @@ def save_folder(directory: str | Path, model: nn.Module) -> None:
     write_json(directory / "config.json", dataclasses.asdict(model.config))
 
 
+def check_shapes(path: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
+    """Raises ValueError, one line, for the first tensor that is missing, unexpected or of another shape."""
+    for name in sorted(wanted.keys() | found.keys()):
+        have, want = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
+        if have != want:
+            raise ValueError(f"{path}: {name} is {have}, expected {want}")
+
+
 def load_tensors(path: Path, model: nn.Module, device="cpu") -> None:
     """Fills `model`, built on the meta device, from one safetensors file: each tensor once, each of its shape.
 
-    Raises ValueError, one line, for a file that is missing or truncated, and for a tensor that is missing,
-    unexpected or of another shape. Shapes are checked before the first byte is copied.
+    Raises ValueError, one line, for a file that is missing or truncated, and for a tensor that does not fit. Shapes
+    are checked before the first byte is copied.
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found, expected a safetensors file")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            for name in sorted(wanted.keys() | found.keys()):
-                have, want = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
-                if have != want:
-                    raise ValueError(f"{path}: {name} is {have}, expected {want}")
+            check_shapes(path, wanted, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
             model.load_state_dict({name: file.get_tensor(name) for name in wanted}, strict=True, assign=True)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def load_pickled(path: Path, model: nn.Module, device="cpu", unused: str | None = None) -> None:
+    """The same from a `.bin` or `.ckpt`, which is only ever read as tensors, never run as code.
+
+    unused: prefix of tensors to leave out, such as "loss." of a training checkpoint; a dictionary of tensors under
+    "state_dict" is looked for first. Raises ValueError, one line, as above and for a pickle that holds more.
+    """
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a whole file of tensors alone ({reason})") from None
+    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if not (unused and name.startswith(unused))}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(path, wanted, {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()})
+    model.load_state_dict(tensors, strict=True, assign=True)
 
 
 def load_folder(directory: str | Path, kind, config_kind, device="cpu"):

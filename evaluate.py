@@ -17,7 +17,7 @@ import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import text_batch
-from generate import TINY, Painter, Sampling, write_text
+from generate import TINY, Painter, Sampling, check_device, write_text
 from mars import MARS
 from tokenizer import Tokenizer
 
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("evaluate.py"):
-        painter = Painter.from_pretrained(args.weights, args.device)
+        painter = Painter.from_pretrained(args.weights, check_device(args.device))
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
         rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
         rows += reading(painter, args.prompts, args.seed, args.things)

@@ -110,6 +110,15 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
 
 # ----------------------------------------------------------------------------- the whole path
 
+def check_device(name: str) -> str:
+    """The name itself. Raises ValueError, one line, for a device that is none or is not there."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return name
+
+
 class Painter:
     """Not in the paper: model, codec and tokenizer of one weights folder, ready to draw and to describe."""
 
@@ -205,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_line_errors("generate.py"):
         image = open_picture(args.caption) if args.caption else None
-        painter = Painter.from_pretrained(args.weights, args.device)
+        painter = Painter.from_pretrained(args.weights, check_device(args.device))
         if image:
             print(painter.describe([image])[0])
             return

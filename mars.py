@@ -6,6 +6,9 @@ Shapes: B batch, T tokens, D width, V_t text and V_v visual vocabulary, S tokens
 """
 import argparse
 import dataclasses
+import resource
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import qwen
-from checkpoint import load_folder, save_folder
+from checkpoint import load_folder, one_line_errors, save_folder
 from semvie import Context, KVCache, RMSNorm, Router, SemVIEBlock, SemVIEConfig, rope_angles
 from tokenizer import Vocabulary
 
@@ -288,12 +291,43 @@ def describe_cost(config: MARSConfig) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Forecasts what a MARS of a given size needs; reads no weights.")
-    parser.add_argument("--plan", choices=PRESETS, required=True)
+    parser = argparse.ArgumentParser(description="Forecasts what a MARS needs, or grows one out of Qwen's weights.")
+    parser.add_argument("--plan", choices=PRESETS, help="forecast this size; reads no weights")
+    parser.add_argument("--from-qwen", type=Path, metavar="DIR", help="Qwen's or Qwen2's weights to grow a MARS from")
+    parser.add_argument("--codes", type=int, default=8192, help="size of the VQ-GAN's codebook (default: 8192)")
     parser.add_argument("--route-output", action="store_true", help="a W_O of its own for the visual side")
-    return parser.parse_args(arguments)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the grown model; without it, nowhere")
+    args = parser.parse_args(arguments)
+    if bool(args.plan) == bool(args.from_qwen):
+        parser.error("expected --plan SIZE or --from-qwen DIR, one of the two")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one clear line and exit code 2 for bad input."""
+    args = parse_arguments(arguments)
+    with one_line_errors("mars.py"):
+        if args.plan:
+            print(describe_cost(dataclasses.replace(PRESETS[args.plan], route_output=args.route_output)))
+            return
+        _, fields = qwen.read_layout(args.from_qwen)
+        print(describe_cost(MARSConfig(**fields, codes=args.codes, route_output=args.route_output)))
+        started = time.perf_counter()
+        model = MARS.from_qwen(args.from_qwen, args.codes, dtype=getattr(torch, args.dtype), device=args.device,
+                               route_output=args.route_output)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss               # Linux counts in KiB
+        print(f"grown in {time.perf_counter() - started:.1f} s: {size / 1e9:.2f} GB of parameters, "
+              f"{peak / 1e9:.2f} GB at the peak of this process")
+        if args.out:
+            model.save_pretrained(args.out)
+            for name in ("qwen.tiktoken", "vocab.json", "merges.txt"):
+                if (args.from_qwen / name).is_file():
+                    shutil.copy(args.from_qwen / name, args.out)
+            print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    print(describe_cost(dataclasses.replace(PRESETS[args.plan], route_output=args.route_output)))
+    main()

@@ -3,13 +3,16 @@
 Qwen (`transformer.h.N.attn.c_attn`: 1.8B, 7B, 14B) and Qwen2 (`model.layers.N.self_attn.q_proj`: 0.5B to 72B,
 Qwen2.5 too). Each published tensor has one place in MARS: nothing is guessed, left out or left over.
 """
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import read_json
+from checkpoint import one_line_errors, read_json, write_beside, write_json
 
 
 @dataclass(frozen=True)
@@ -154,3 +157,57 @@ def stream(directory: Path, layout: Layout, shapes: dict[str, tuple], config):
             for name in names:
                 ours, part = table[name]
                 yield ours, rows[part], file.get_tensor(name)
+
+
+# ----------------------------------------------------------------------------- weights to practise on
+
+def write_random(directory: Path, config: dict, shards: int, seed: int) -> None:
+    """Not in the paper: a folder with the real names and shapes and random numbers, of any depth, for a machine that
+    the published weights have not reached. config: the content of a published config.json, bfloat16."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", config)
+    layout, fields = read_layout(directory)
+    D, F, V = fields["width"], fields["ffn_width"], fields["text_vocab"]
+    d = D // fields["heads"]
+    q, kv = fields["heads"] * d, fields["kv_heads"] * d
+    shapes = {"text_embedding.weight": (V, D), "text_head.weight": (V, D), "qkv.weight": (q + 2 * kv, D),
+              "qkv.bias": (q + 2 * kv,), "out.weight": (D, D), "up.weight": (F, D), "gate.weight": (F, D),
+              "down.weight": (D, F)}
+    table = tensor_table(layout, fields["layers"], fields["tie_embeddings"])
+    names, weight_map = list(table), {}
+    generator = torch.Generator().manual_seed(seed)
+    for i in tqdm(range(shards), desc="writing shards", unit="shard"):
+        file, tensors = f"model-{i + 1:05d}-of-{shards:05d}.safetensors", {}
+        for name in names[i * len(names) // shards:(i + 1) * len(names) // shards]:
+            ours, rows = table[name]
+            shape = next((shape for end, shape in shapes.items() if ours.endswith(end)), (D,))
+            shape = {None: shape, "q": (q, *shape[1:]), "k": (kv, *shape[1:]), "v": (kv, *shape[1:])}[rows]
+            tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            weight_map[name] = file
+        write_beside(directory / file, lambda p: save_file(tensors, p))
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Writes a folder of random weights in a published model's layout.")
+    parser.add_argument("config", type=Path, help="a published config.json")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--layers", type=int, help="instead of the config's")
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one clear line and exit code 2 for bad input."""
+    args = parse_arguments(arguments)
+    with one_line_errors("qwen.py"):
+        config = read_json(args.config)
+        write_random(args.out, config | {"num_hidden_layers": args.layers or config.get("num_hidden_layers")},
+                     args.shards, args.seed)
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,13 +5,14 @@ Shapes: V_t text vocabulary, V_v visual vocabulary (codes, special tokens, paddi
 import base64
 import io
 import json
-import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
 
 import sentencepiece
+
+from checkpoint import write_beside
 
 SPECIAL_TOKENS = ("<img>", "</img>", "<multi_images>", "</multi_images>", "<uncond>", "<pad>")
 
@@ -99,10 +100,7 @@ class Tokenizer:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `tokenizer.model`, beside and renamed."""
-        path = Path(directory) / self.FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_bytes(self.model)
-        os.replace(path.with_suffix(".tmp"), path)
+        write_beside(Path(directory) / self.FILE, lambda path: path.write_bytes(self.model))
 
 
 class QwenTokenizer:
@@ -116,7 +114,9 @@ class QwenTokenizer:
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-    def __init__(self, ranks: dict[bytes, int]):
+    def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
+        """ranks: token -> id; files: what they were read from, for `save_pretrained`."""
+        self.files = files
         try:
             import tiktoken
         except ImportError:
@@ -145,10 +145,17 @@ class QwenTokenizer:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "QwenTokenizer":
         """Reads a folder's ranks. Raises ValueError, one line, where they are missing or malformed."""
-        path = Path(directory) / cls.FILE
-        if path.is_file():
-            return cls(_read_ranks(path))
-        return cls(_read_vocabulary(Path(directory)))
+        directory = Path(directory)
+        if (directory / cls.FILE).is_file():
+            ranks, names = _read_ranks(directory / cls.FILE), [cls.FILE]
+        else:
+            ranks, names = _read_vocabulary(directory), ["vocab.json", "merges.txt"]
+        return cls(ranks, {name: (directory / name).read_bytes() for name in names})
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the files that the ranks came from, beside and renamed."""
+        for name, content in self.files.items():
+            write_beside(Path(directory) / name, lambda path: path.write_bytes(content))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

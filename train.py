@@ -26,9 +26,10 @@ from checkpoint import one_line_errors, write_beside
 from data import (Folder, encode_once, fit, grid, open_source, save_image, stage1_batch, text_batch, to_image,
                   to_pixels)
 from evaluate import accuracy, look_up
-from generate import TINY, Painter
+from generate import TINY, Painter, check_device
 from mars import MARS, MARSConfig
-from tokenizer import Tokenizer
+from mars import PRESETS as SIZES
+from tokenizer import Tokenizer, load_tokenizer
 from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
 
@@ -141,7 +142,7 @@ class Stage1:
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
         self.vqgan = VQGAN.from_pretrained(args.vqgan, args.device)
-        self.tokenizer = Tokenizer.from_pretrained(args.language)
+        self.tokenizer = load_tokenizer(args.language)
         side = self.vqgan.config.resolution
         self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
         self.codes = encode_once(self.source, self.vqgan, side, args.out / "codes.npy")
@@ -293,6 +294,9 @@ CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
              patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
 
 PRESETS = {
+    "qwen": Preset(                      # the paper's Stage I: 200 million pairs once, 4,096 a step, 64 a GPU
+        language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
+        recipes={"stage1": Recipe(48_000, 64, 1e-4)}, pictures=60_000, noise=0.0),
     "tiny": Preset(
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
@@ -336,7 +340,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run_stage(args, preset: Preset) -> None:
     """Fills in the stage's recipe, changed by the flags, and trains."""
     changed = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
+    if args.stage not in preset.recipes:
+        raise ValueError(f"preset {args.preset!r} has no recipe for {args.stage}; its weights are published")
     args.recipe = Recipe(**{**vars(preset.recipes[args.stage]), **changed})
+    check_device(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

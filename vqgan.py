@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_tensors, read_json, save_folder
+from checkpoint import load_pickled, load_tensors, read_json, save_folder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class VQGANConfig:
     dropout: float = 0.0                         # in the residual blocks
     resample_with_conv: bool = True              # a convolution at each change of resolution
     commitment_cost: float = 0.25                # from 0 to 1: weight of the commitment loss (beta of VQ-VAE)
+    signed_pixels: bool = False                  # True: taming's own checkpoints, whose pixels lie in [-1, 1]
     patches: bool = False                        # Not in the paper: PatchEncoder and PatchDecoder
     normalize_codes: bool = False                # Not in the paper: codes on the unit sphere, as in ViT-VQGAN
 
@@ -342,11 +343,13 @@ class VQGAN(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != channels or any(n % factor or not n for n in pixels.shape[2:]):
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}, expected (B, {channels}, H, W) "
                              f"with H and W multiples of {factor}")
+        pixels = 2 * pixels - 1 if self.config.signed_pixels else pixels
         z = self.quant_conv(self.encoder(pixels))  # (B, D, h, w)
         return F.normalize(z, dim=1) if self.config.normalize_codes else z
 
     def paint(self, z_q):  # (B, D, h, w)
-        return self.decoder(self.post_quant_conv(z_q))  # (B, 3, H, W)
+        pixels = self.decoder(self.post_quant_conv(z_q))  # (B, 3, H, W)
+        return (pixels + 1) / 2 if self.config.signed_pixels else pixels
 
     @torch.no_grad()
     def encode(self, pixels):  # (B, 3, H, W)
@@ -369,7 +372,8 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu") -> "VQGAN":
-        """From a folder of ours or of open-muse, or from a MARS folder that keeps its codec in `vqgan`."""
+        """From a folder of ours or of open-muse, from one that holds taming's `last.ckpt`, or from a MARS folder that
+        keeps its codec in `vqgan`. All hold a config.json in open-muse's fields; taming's says `signed_pixels`."""
         folder = Path(folder)
         folder = folder / "vqgan" if (folder / "vqgan").is_dir() else folder
         if not folder.is_dir():
@@ -381,7 +385,11 @@ class VQGAN(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: not a VQGAN configuration: {error}") from None
         with torch.device("meta"):
             vqgan = cls(config)
-        load_tensors(folder / "model.safetensors", vqgan, device)
+        pickled = [folder / name for name in ("pytorch_model.bin", "last.ckpt") if (folder / name).is_file()]
+        if pickled and not (folder / "model.safetensors").is_file():
+            load_pickled(pickled[0], vqgan, device, unused="loss.")
+        else:
+            load_tensors(folder / "model.safetensors", vqgan, device)
         return vqgan.eval()
 
 

@@ -3,15 +3,18 @@ import base64
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mars
 import qwen
 from mars import MARS, PRESETS, MARSConfig, count_parameters, forecast
-from tokenizer import QwenTokenizer
+from tokenizer import QwenTokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 BOTH = pytest.mark.parametrize("kind", ["qwen", "qwen2"])
@@ -91,6 +94,31 @@ def test_forecast_agrees_with_the_known_figures():
     config = MARSConfig(**{**vars(PRESETS["qwen-7b"]), "route_output": True})
     assert [round(size / 1e9, 1) for size in forecast(config).values()] == [120.1, 51.4, 15.0, 13.5, 2.6]
     assert count_parameters(config)[1] == 6_543_572_992
+
+
+@BOTH
+def test_a_written_random_folder_loads_and_the_command_says_what_it_cost(kind, tmp_path, capsys):
+    qwen.main([str(GOLDEN / kind / "config.json"), str(tmp_path / "random"), "--layers", "2", "--shards", "3"])
+    mars.main(["--from-qwen", str(tmp_path / "random"), "--codes", "64", "--out", str(tmp_path / "mars")])
+    printed = capsys.readouterr().out
+    assert "language side" in printed and "GB at the peak" in printed
+    assert MARS.from_pretrained(tmp_path / "mars").config.layers == 2
+
+
+def test_loading_peaks_at_no_more_than_a_tenth_above_the_model(tmp_path):
+    """In a process of its own, beside one that only imports the same modules: 0.3 GB of parameters."""
+    config = json.loads((GOLDEN / "qwen-7b" / "config.json").read_text())
+    config |= {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 2752, "num_hidden_layers": 6}
+    qwen.write_random(tmp_path / "qwen", config, shards=8, seed=0)
+    program = ("import resource, sys, torch; from pathlib import Path; from mars import MARS;"
+               "model = MARS.from_qwen(Path(sys.argv[1])) if len(sys.argv) > 1 else None;"
+               "size = sum(p.nbytes for p in model.parameters()) if model else 0;"
+               "print(size, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    run = lambda *arguments: [int(n) for n in subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=GOLDEN.parents[1], capture_output=True, text=True,
+        check=True).stdout.split()]
+    (_, base), (size, peak) = run(), run(str(tmp_path / "qwen"))
+    assert size > 2.5e8 and peak - base < 1.1 * size, (size, peak - base)
 
 
 # ----------------------------------------------------------------------------- bad folders
@@ -181,6 +209,8 @@ def test_both_file_formats_give_the_same_ids_and_every_text_comes_back(small):
     one, two = (QwenTokenizer.from_pretrained(small / name) for name in ("one", "two"))
     for text in ("red 红色", "naïve 🐈\n", "", "<|endoftext|>"):
         assert one.encode(text) == two.encode(text) and one.decode(one.encode(text)) == text
+    two.save_pretrained(small / "copy")
+    assert load_tokenizer(small / "copy").encode("red 红色") == one.encode("red 红色")
     assert one.encode("red") == [257] and one.encode("红色") == [262]
     assert one.encode("e\u0301") == one.encode("\u00e9")                            # NFC
 

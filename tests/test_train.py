@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import generate
+import plot
 import train
 from generate import Painter, Sampling
 from mars import MARS, is_visual
@@ -56,6 +57,16 @@ def test_one_command_goes_from_nothing_to_pictures_and_leaves_the_language_as_it
     painter = Painter.from_pretrained(tmp_path / "stage1")
     assert painter.paint(["a red circle"], Sampling(), seed=0)[0].size == (64, 64)
     assert isinstance(painter.describe(painter.paint(["a red circle"]))[0], str)
+
+
+def test_curves_are_the_smoothed_loss_and_all_that_was_measured(tmp_path):
+    rows = [{"step": i, "loss": float(i), **({"all": 0.5} if i == 99 else {})} for i in range(100)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found = plot.curves(plot.read_metrics(tmp_path / "metrics.jsonl"))
+    assert found == {"loss": [(49, 24.5), (99, 74.5)], "all": [(99, 0.5)]}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "lo')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 1: not JSON"):
+        plot.read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "text", "stage1"])
@@ -170,6 +181,10 @@ def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
     assert "cannot write there" in message
     message = refused(train.main, ["text", *small, "--resume"], capsys)
     assert "no checkpoint to resume from" in message
+    message = refused(train.main, ["text", "--preset", "qwen", "--out", tmp_path / "new"], capsys)
+    assert "preset 'qwen' has no recipe for text" in message
+    message = refused(generate.main, ["x", "--device", "moon"], capsys)
+    assert message.startswith("generate.py: device 'moon': ")
     message = refused(train.main, ["stage1", *small, "--vqgan", tmp_path / "nowhere"], capsys)
     assert "nowhere" in message
     assert "none.png: no such image" in refused(generate.main, ["--caption", tmp_path / "none.png"], capsys)

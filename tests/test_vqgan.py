@@ -234,6 +234,46 @@ def test_a_config_of_open_muse_may_hold_keys_without_meaning():
                                   "num_embeddings": 1024}) == VQGANConfig(num_embeddings=1024)
 
 
+def test_weights_of_open_muse_and_of_taming_load_without_running_code(tmp_path):
+    vqgan, pixels = codec(CONV).eval(), pictures(2)
+    vqgan.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(vqgan.state_dict(), tmp_path / "pytorch_model.bin")                     # open-muse's
+    assert torch.equal(VQGAN.from_pretrained(tmp_path).encode(pixels), vqgan.encode(pixels))
+    (tmp_path / "pytorch_model.bin").unlink()
+    rest = {"loss.logvar": torch.zeros(1)}
+    torch.save({"state_dict": vqgan.state_dict() | rest, "epoch": 3}, tmp_path / "last.ckpt")     # taming's
+    break_config(signed_pixels=True)(tmp_path)
+    signed = VQGAN.from_pretrained(tmp_path)
+    assert torch.equal(signed.encode(pixels), vqgan.encode(2 * pixels - 1))
+    with torch.no_grad():
+        codes = signed.encode(pixels)
+        assert torch.equal(signed.decode(codes), (vqgan.decode(codes) + 1) / 2)
+
+
+class Evil:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_a_pickle_with_code_in_it_and_a_truncated_one_are_refused(tmp_path, capsys):
+    vqgan = codec(CONV)
+    vqgan.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(vqgan.state_dict(), path)
+    whole = path.read_bytes()
+    torch.save(vqgan.state_dict() | {"evil": Evil()}, path)
+    for content in (path.read_bytes(), whole[:len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="pytorch_model.bin: not a whole file of tensors alone") as error:
+            VQGAN.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+    assert "ran" not in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------- training
 
 @BOTH
