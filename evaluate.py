@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += reading(painter, args.prompts, args.seed, args.things)
         rows += restoring(painter, 500, args.seed, args.things)
         share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)
-        report = {"weights": str(args.weights), "seed": args.seed, "sampling": vars(sampling), "rows": rows,
+        report = {"weights": args.weights.name, "seed": args.seed, "sampling": vars(sampling), "rows": rows,
                   "text_perplexity": perplexity(painter.model, painter.tokenizer, 64, args.seed, args.things),
                   "text_look_up": share}
         print(show(rows))

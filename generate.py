@@ -25,8 +25,8 @@ TINY = Path(__file__).parent / "weights" / "tiny"
 @dataclass(frozen=True)
 class Sampling:
     """Not in the paper, which gives no sampling settings: how tokens are drawn."""
-    cfg: float = 2.0              # guidance scale; 1: no guidance
-    temperature: float = 1.0      # 0: always the likeliest token
+    cfg: float = 1.5              # guidance scale; 1: no guidance
+    temperature: float = 0.85     # 0: always the likeliest token
     top_k: int = 50               # draw among the k likeliest tokens; 0: among all
     top_p: float = 0.9            # draw among the likeliest tokens that hold this share of probability; 1: among all
 
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
         images = painter.paint(prompts, sampling, args.seed)
-        save_image(grid(images, columns=args.num if len(args.prompt) > 1 else 8), args.out)
+        save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 
 

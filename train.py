@@ -10,6 +10,7 @@ Shapes: B batch, T tokens.
 import argparse
 import json
 import math
+import pickle
 import random
 import sys
 import time
@@ -172,6 +173,8 @@ class Stage1:
         else:
             texts = [self.source.caption(i, rng) for i in range(min(16, len(self.source)))]
         texts = [text for text in texts if text]
+        if not texts:
+            return {}
         images = self.painter.paint(texts, seed=self.args.seed)
         save_image(grid(images[:16]), path.with_suffix(".png"))
         write_beside(path.with_suffix(".txt"), lambda p: p.write_text("\n".join(texts[:16]) + "\n"))
@@ -221,8 +224,8 @@ def resume(out: Path, trained: nn.Module, optimizer, device) -> int:
     for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError) as error:
-            print(f"{path} is not whole, trying the one before ({error})", file=sys.stderr)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+            print(f"{path} is not whole, trying the one before", file=sys.stderr)
             continue
         trained.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -242,6 +245,8 @@ def keep_lines_before(path: Path, step: int) -> None:
 def train(args, preset: Preset) -> None:
     """One stage from its first step, or its newest checkpoint, to its last."""
     recipe, out = args.recipe, args.out
+    if not args.resume and any(out.glob("checkpoint-*.pt")):
+        raise ValueError(f"{out}: holds an earlier run; pass --resume to go on with it, or another --out")
     torch.manual_seed(args.seed)
     stage = STAGES[args.stage](args, preset)
     stage.trained.train()

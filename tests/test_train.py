@@ -182,6 +182,8 @@ def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
     message = refused(train.main, ["text", *small, "--resume"], capsys)
     assert "no checkpoint to resume from" in message
     message = refused(train.main, ["text", "--preset", "qwen", "--out", tmp_path / "new"], capsys)
+    (tmp_path / "new" / "checkpoint-000001.pt").write_bytes(b"")
+    assert "holds an earlier run; pass --resume" in refused(train.main, ["text", *small], capsys)
     assert "preset 'qwen' has no recipe for text" in message
     message = refused(generate.main, ["x", "--device", "moon"], capsys)
     assert message.startswith("generate.py: device 'moon': ")
