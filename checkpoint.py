@@ -114,7 +114,7 @@ def load_pickled(path: Path, model: nn.Module, device="cpu", unused: str | None 
     """
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a whole file of tensors alone ({reason})") from None
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}

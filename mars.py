@@ -213,8 +213,7 @@ class MARS(nn.Module):
                   device="cpu", visual_experts: bool = True, route_output: bool = False, noise: float = 0.0) -> "MARS":
         """Sec. 3.3: grows a MARS out of a folder of Qwen's or Qwen2's published weights; codes=0: Qwen alone.
 
-        Built on the meta device; shards are memory-mapped and copied tensor by tensor, so that no more than the
-        model that results and one shard are ever in memory. Raises ValueError, one line, for a bad folder.
+        Built on the meta device; shards are memory-mapped, one at a time, and copied tensor by tensor. Raises ValueError, one line, for a bad folder.
         """
         layout, fields = qwen.read_layout(Path(directory))
         config = MARSConfig(**fields, codes=codes, visual_experts=visual_experts, route_output=route_output)

@@ -224,7 +224,7 @@ def resume(out: Path, trained: nn.Module, optimizer, device) -> int:
     for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError):
             print(f"{path} is not whole, trying the one before", file=sys.stderr)
             continue
         trained.load_state_dict(state["model"])

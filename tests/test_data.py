@@ -180,13 +180,13 @@ class CountingCodec(torch.nn.Module):
 
 def test_pictures_are_encoded_once_and_again_only_for_another_codec(tmp_path):
     source, codec = World(10, seed=0), CountingCodec()
-    first = data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
-    assert first.shape == (10, 16, 16) and codec.calls == 3
+    first = data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
+    assert first.shape == (10, 24, 24) and codec.calls == 3
     assert np.array_equal(first[7], codec.encode(to_pixels(source.image(7))[None])[0])
     calls = codec.calls
-    data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
+    data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
     assert codec.calls == calls
     with torch.no_grad():
         codec.weight.mul_(0.5)
-    again = data.encode_once(source, codec, 64, tmp_path / "codes.npy", batch=4)
+    again = data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
     assert codec.calls == calls + 3 and not np.array_equal(again, first)

@@ -47,7 +47,7 @@ def test_one_command_goes_from_nothing_to_pictures_and_leaves_the_language_as_it
         found = lines(tmp_path / stage)
         assert [line["step"] for line in found] == list(range(6)) and all(math.isfinite(line["loss"]) for line in found)
     assert "ln V = ln" in capsys.readouterr().out
-    assert Image.open(tmp_path / "vqgan" / "samples" / "000006.png").size == (8 * 66 - 2, 2 * 66 - 2)
+    assert Image.open(tmp_path / "vqgan" / "samples" / "000006.png").size == (8 * 98 - 2, 2 * 98 - 2)
     assert (tmp_path / "stage1" / "samples" / "000003.png").is_file()
     language, mars = MARS.from_pretrained(tmp_path / "text"), MARS.from_pretrained(tmp_path / "stage1")
     before, after = language.state_dict(), mars.state_dict()
@@ -55,7 +55,7 @@ def test_one_command_goes_from_nothing_to_pictures_and_leaves_the_language_as_it
     tokens = torch.arange(20)[None]
     assert torch.equal(mars(tokens)[..., :language.vocabulary.text], language(tokens))
     painter = Painter.from_pretrained(tmp_path / "stage1")
-    assert painter.paint(["a red circle"], Sampling(), seed=0)[0].size == (64, 64)
+    assert painter.paint(["a red circle"], Sampling(), seed=0)[0].size == (96, 96)
     assert isinstance(painter.describe(painter.paint(["a red circle"]))[0], str)
 
 
@@ -139,16 +139,16 @@ def test_a_folder_of_ones_own_photographs_trains_and_eight_of_them_are_over_fitt
     common = ["--preset", "test", "--data", tmp_path / "photos", "--sample-every", 1000]
     run("vqgan", *common, "--out", tmp_path / "vqgan", "--steps", 300, "--lr", 3e-3)
     run("text", *common, "--out", tmp_path / "text", "--steps", 60, "--lr", 1e-2)
-    run("stage1", *common, "--out", tmp_path / "mars", "--steps", 150, "--lr", 1e-2,
+    run("stage1", *common, "--out", tmp_path / "mars", "--steps", 250, "--lr", 1e-2,
         "--vqgan", tmp_path / "vqgan", "--language", tmp_path / "text")
     codec = lines(tmp_path / "vqgan")
     assert codec[-1]["psnr"] > 20, codec[-1]
     painter = Painter.from_pretrained(tmp_path / "mars")
     source = train.Folder(tmp_path / "photos")
-    truth = torch.stack([generate.to_pixels(train.fit(source.image(i), 64, 64)) for i in range(8)])
+    truth = torch.stack([generate.to_pixels(train.fit(source.image(i), 96, 96)) for i in range(8)])
     codes = painter.vqgan.encode(truth)
     captions = [painter.encode_prompt(text) for text in words]
-    drawn = generate.draw_codes(painter.model, captions, 8, 8, Sampling(cfg=1.0, temperature=0.0))
+    drawn = generate.draw_codes(painter.model, captions, 6, 6, Sampling(cfg=1.0, temperature=0.0))
     assert (drawn == codes).float().mean() > 0.9
     assert sum(a == b for a, b in zip(painter.describe([source.image(i) for i in range(8)]), words)) >= 7
 
@@ -182,13 +182,13 @@ def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
     message = refused(train.main, ["text", *small, "--resume"], capsys)
     assert "no checkpoint to resume from" in message
     message = refused(train.main, ["text", "--preset", "qwen", "--out", tmp_path / "new"], capsys)
-    (tmp_path / "new" / "checkpoint-000001.pt").write_bytes(b"")
-    assert "holds an earlier run; pass --resume" in refused(train.main, ["text", *small], capsys)
     assert "preset 'qwen' has no recipe for text" in message
     message = refused(generate.main, ["x", "--device", "moon"], capsys)
     assert message.startswith("generate.py: device 'moon': ")
     message = refused(train.main, ["stage1", *small, "--vqgan", tmp_path / "nowhere"], capsys)
     assert "nowhere" in message
+    (tmp_path / "new" / "checkpoint-000001.pt").write_bytes(b"")
+    assert "holds an earlier run; pass --resume" in refused(train.main, ["text", *small], capsys)
     assert "none.png: no such image" in refused(generate.main, ["--caption", tmp_path / "none.png"], capsys)
     assert "nowhere: not found" in refused(generate.main, ["x", "--weights", tmp_path / "nowhere"], capsys)
 
