@@ -81,6 +81,7 @@ class VQGANConfig:
 # --- open-muse's convolutional encoder and decoder ---
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """Sec. 3.3 (taming): group norm of 32 groups, as everywhere in that codec."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
