@@ -3,6 +3,8 @@ import base64
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,23 @@ def test_a_written_random_folder_loads_and_the_command_says_what_it_cost(kind, t
     printed = capsys.readouterr().out
     assert "language side" in printed and "GB at the peak" in printed
     assert MARS.from_pretrained(tmp_path / "mars").config.layers == 2
+
+
+@pytest.mark.xfail(reason="measured 1.57 times: the pages of the mapped shard count too", strict=False)
+def test_loading_peaks_at_no_more_than_a_tenth_above_the_model(tmp_path):
+    """In a process of its own, beside one that only imports the same modules: 0.3 GB of parameters."""
+    config = json.loads((GOLDEN / "qwen-7b" / "config.json").read_text())
+    config |= {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 2752, "num_hidden_layers": 6}
+    qwen.write_random(tmp_path / "qwen", config, shards=8, seed=0)
+    program = ("import resource, sys, torch; from pathlib import Path; from mars import MARS;"
+               "model = MARS.from_qwen(Path(sys.argv[1])) if len(sys.argv) > 1 else None;"
+               "size = sum(p.nbytes for p in model.parameters()) if model else 0;"
+               "print(size, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    run = lambda *arguments: [int(n) for n in subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=GOLDEN.parents[1], capture_output=True, text=True,
+        check=True).stdout.split()]
+    (_, base), (size, peak) = run(), run(str(tmp_path / "qwen"))
+    assert size > 2.5e8 and peak - base < 1.1 * size, (size, peak - base)
 
 
 # ----------------------------------------------------------------------------- bad folders
