@@ -167,13 +167,12 @@ class MARS(nn.Module):
 
     @classmethod
     def from_language_model(cls, language: "MARS", codes: int, *, visual_experts: bool = True,
-                            route_output: bool = False, noise: float = 0.0,
+                            route_output: bool = False, codebook: Tensor | None = None,
                             generator: torch.Generator | None = None) -> "MARS":
         """Sec. 3.3: grows the visual side. Experts are copies of the text experts; rows of the visual embedding
         and of the vision head are the mean of the text's rows.
 
-        noise: Not in the paper: standard deviations of the text embedding added to each visual embedding, since
-        small models part equal rows slowly.
+        codebook: the VQ-GAN's (codes, d): rows start apart instead, see `look_alike`.
         """
         config = dataclasses.replace(language.config, codes=codes, visual_experts=visual_experts,
                                      route_output=route_output)
@@ -182,7 +181,7 @@ class MARS(nn.Module):
         for name, tensor in language.state_dict().items():
             if not is_visual(name):
                 model._put(name, tensor.clone())
-        model._grow(noise, generator)
+        model._grow(codebook, generator)
         return model
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -191,29 +190,32 @@ class MARS(nn.Module):
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
     @torch.no_grad()
-    def _grow(self, noise: float, generator: torch.Generator | None) -> None:
+    def _grow(self, codebook: Tensor | None, generator: torch.Generator | None) -> None:
         """Fills the visual side, still on the meta device, from the language side."""
+        text_head = self.text_embedding if self.text_head is None else self.text_head
+        spread = {"visual_embedding.weight": (self.text_embedding.weight, 1.0),
+                  "vision_head.weight": (text_head.weight, 0.5)}       # half: the first loss stays near equal rows'
         for name, parameter in list(self.named_parameters()):
-            if name == "visual_embedding.weight":
-                rows = self.text_embedding.weight
-                tensor = rows.mean(0, dtype=torch.float32).expand(parameter.shape)
-                if noise:
-                    random = torch.randn(parameter.shape, generator=generator).to(rows.device)
-                    tensor = tensor + noise * rows.float().std(0) * random
+            if name in spread:
+                rows, scale = spread[name]
+                mean = sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)          # never a float32 copy
+                tensor = mean.expand(parameter.shape)
+                if codebook is not None:
+                    squares = sum((part - mean).square().sum(0) for part in rows.split(4096))
+                    apart = look_alike(codebook, *parameter.shape, generator).to(rows.device)
+                    tensor = tensor + scale * (squares / len(rows)).sqrt() * apart
                 self._put(name, tensor.to(rows.dtype, copy=True).contiguous())
-            elif name == "vision_head.weight":
-                rows = self.text_embedding.weight if self.text_head is None else self.text_head.weight
-                mean = rows.mean(0, dtype=torch.float32).to(rows.dtype)
-                self._put(name, mean.expand(parameter.shape).contiguous())
             elif is_visual(name):
                 self._put(name, self.get_parameter(name.replace("visual_", "")).detach().clone())
 
     @classmethod
     def from_qwen(cls, directory: str | Path, codes: int = 8192, *, dtype: torch.dtype = torch.bfloat16,
-                  device="cpu", visual_experts: bool = True, route_output: bool = False, noise: float = 0.0) -> "MARS":
+                  device="cpu", visual_experts: bool = True, route_output: bool = False,
+                  codebook: Tensor | None = None, generator: torch.Generator | None = None) -> "MARS":
         """Sec. 3.3: grows a MARS out of a folder of Qwen's or Qwen2's published weights; codes=0: Qwen alone.
 
-        Built on the meta device; shards are memory-mapped, one at a time, and copied tensor by tensor. Raises ValueError, one line, for a bad folder.
+        Built on the meta device; shards are memory-mapped, one at a time, and copied tensor by tensor. The other
+        arguments are those of `from_language_model`. Raises ValueError, one line, for a bad folder.
         """
         layout, fields = qwen.read_layout(Path(directory))
         config = MARSConfig(**fields, codes=codes, visual_experts=visual_experts, route_output=route_output)
@@ -224,7 +226,7 @@ class MARS(nn.Module):
             if model.get_parameter(name).is_meta:
                 model._put(name, torch.empty(shapes[name], dtype=dtype, device=device))
             model.get_parameter(name).data[rows].copy_(tensor)
-        model._grow(noise, None)
+        model._grow(codebook, generator)
         return model.eval()
 
     # ------------------------------------------------------------------------- files
@@ -237,6 +239,22 @@ class MARS(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`, beside and renamed."""
         save_folder(directory, self)
+
+
+def look_alike(codebook: Tensor, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """Not in the paper: (rows, width) of variance 1, in which codes that look alike lie close together.
+
+    Rows that start equal have to be told apart one by one; so started, what is learned of one red code holds for all
+    red ones, and a small model learns colours in 600 steps, not 4,000. A code's place is its entry of the codebook
+    (codes, d) by principal components, the large ones held down to the square root of their spread (or colour drowns
+    texture), turned to `width` numbers at random. Special tokens and padding lie anywhere.
+    """
+    components, spread, _ = torch.linalg.svd(codebook.float().cpu() - codebook.float().cpu().mean(0),
+                                             full_matrices=False)
+    places = F.normalize(components * spread.sqrt(), dim=1)                                # (codes, d)
+    apart = torch.randn(rows, width, generator=generator)
+    apart[:len(places)] = places @ torch.randn(places.shape[1], width, generator=generator)
+    return apart
 
 
 def is_visual(name: str) -> bool:

@@ -4,6 +4,7 @@ Qwen (`transformer.h.N.attn.c_attn`: 1.8B, 7B, 14B) and Qwen2 (`model.layers.N.s
 Qwen2.5 too). Each published tensor has one place in MARS: nothing is guessed, left out or left over.
 """
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ QWEN2 = Layout(
              "lm_head.weight": "text_head.weight"})
 
 LAYOUTS = {"qwen": QWEN, "qwen2": QWEN2}
+PART = 2 ** 25                    # bytes, see `stream`
 
 
 def read_layout(directory: Path) -> tuple[Layout, dict]:
@@ -131,10 +133,11 @@ def _names(path: Path) -> list[str]:
 
 
 def stream(directory: Path, layout: Layout, shapes: dict[str, tuple], config):
-    """Yields (our tensor's name, slice of its rows, their tensor, memory-mapped), shard by shard.
+    """Yields (our tensor's name, slice of its rows, those rows of theirs), shard by shard, memory-mapped.
 
-    shapes: those of our tensors. All names and shapes are checked before the first tensor comes. Raises ValueError,
-    one line, for a tensor that is missing, unexpected or of another shape.
+    shapes: those of our tensors. A large tensor comes in parts of at most PART bytes, each from a mapping of its own:
+    pages that were read count as memory until their mapping goes. All names and shapes are checked before the first
+    rows come. Raises ValueError, one line, for a tensor that is missing, unexpected or of another shape.
     """
     table = tensor_table(layout, config.layers, config.tie_embeddings)
     q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
@@ -153,10 +156,14 @@ def stream(directory: Path, layout: Layout, shapes: dict[str, tuple], config):
                 if have != want:
                     raise ValueError(f"{path}: {name} is {have}, expected {want}")
     for path, names in tqdm(shards.items(), desc="reading shards", unit="shard"):
-        with _open(path) as file:
-            for name in names:
-                ours, part = table[name]
-                yield ours, rows[part], file.get_tensor(name)
+        for name in names:
+            ours, part = table[name]
+            start, end, _ = rows[part].indices(shapes[ours][0])
+            step = max(1, PART // (2 * math.prod(shapes[ours][1:])))               # rows, at 2 bytes a number
+            for first in range(start, end, step):
+                last = min(first + step, end)
+                with _open(path) as file:
+                    yield ours, slice(first, last), file.get_slice(name)[first - start:last - start]
 
 
 # ----------------------------------------------------------------------------- weights to practise on

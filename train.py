@@ -57,7 +57,7 @@ class Preset:
     row: int = 192                # tokens in a row of pre-training text
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
-    noise: float = 1.0            # on the initial visual embeddings, see MARS.from_language_model
+    codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
 
 
 # ----------------------------------------------------------------------------- the stages
@@ -149,7 +149,8 @@ class Stage1:
         self.codes = encode_once(self.source, self.vqgan, side, args.out / "codes.npy")
         self.simple, self.all = self.source.simple(), range(len(self.source))
         self.model = MARS.from_language_model(
-            MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings, noise=preset.noise,
+            MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings,
+            codebook=self.vqgan.quantize.embedding.weight if preset.codebook_start else None,
             generator=torch.Generator().manual_seed(args.seed)).to(args.device)
         self.model.freeze_language()
         self.trained, self.uniform = self.model, self.model.vocabulary.size
@@ -301,13 +302,13 @@ CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
 PRESETS = {
     "qwen": Preset(                      # the paper's Stage I: 200 million pairs once, 4,096 a step, 64 a GPU
         language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"stage1": Recipe(48_000, 64, 1e-4)}, pictures=60_000, noise=0.0),
+        recipes={"stage1": Recipe(48_000, 64, 1e-4)}, pictures=60_000, codebook_start=False),
     "tiny": Preset(
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(2400, 16, 2.5e-3), "stage1": Recipe(8500, 32, 2e-3)},
-        pictures=60_000, caption_share=0.25, curriculum=0.3),
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(18_000, 32, 2e-3)},
+        pictures=60_000, caption_share=0.3, curriculum=0.15),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),

@@ -232,8 +232,8 @@ def _place(rng, sides, rows, cols):
 
 
 def training_scene(rng: random.Random, count: int | None = None) -> tuple[Scene, bool]:
-    """A scene to train on and whether it may carry a caption: one in twenty shows a held-out pair, unnamed."""
-    if rng.random() < 0.05:
+    """A scene to train on and whether it may carry a caption: one in ten shows a held-out pair, unnamed."""
+    if rng.random() < 0.1:
         return sample_scene(rng, "held_out_pair", count), False
     return sample_scene(rng, "train", count), True
 

@@ -204,7 +204,7 @@ def test_chunked_loss_has_the_gradients_of_the_whole_one_and_never_the_whole_log
 def test_first_loss_of_an_untrained_model_is_near_ln_v():
     config = MARSConfig(width=64, heads=4, kv_heads=4, ffn_width=176, layers=2, context=128, text_vocab=500)
     language = MARS(config).initialise(torch.Generator().manual_seed(0))
-    mars = MARS.from_language_model(language, codes=1024, noise=1.0, generator=torch.Generator().manual_seed(0))
+    mars = MARS.from_language_model(language, codes=1024, codebook=torch.randn(1024, 8), generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(500, 1524, (8, 64), generator=torch.Generator().manual_seed(0))
     loss = mars.loss(tokens, torch.ones_like(tokens).bool()).item()
     assert abs(loss - math.log(mars.vocabulary.size)) < 0.5

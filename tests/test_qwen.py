@@ -105,7 +105,6 @@ def test_a_written_random_folder_loads_and_the_command_says_what_it_cost(kind, t
     assert MARS.from_pretrained(tmp_path / "mars").config.layers == 2
 
 
-@pytest.mark.xfail(reason="measured 1.57 times: the pages of the mapped shard count too", strict=False)
 def test_loading_peaks_at_no_more_than_a_tenth_above_the_model(tmp_path):
     """In a process of its own, beside one that only imports the same modules: 0.3 GB of parameters."""
     config = json.loads((GOLDEN / "qwen-7b" / "config.json").read_text())
