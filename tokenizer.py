@@ -121,7 +121,7 @@ class QwenTokenizer:
             import tiktoken
         except ImportError:
             raise ValueError("Qwen's tokenizer needs the package tiktoken: pip install tiktoken") from None
-        special = {token: len(ranks) + i for i, token in enumerate(self.SPECIAL)}
+        special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(self.SPECIAL)}
         self.bpe = tiktoken.Encoding("qwen", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def __len__(self) -> int:
