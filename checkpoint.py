@@ -30,8 +30,12 @@ def write_beside(path: Path, write) -> None:
     """Calls write(temporary path), then renames it to `path`: a reader sees the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content) -> None:
@@ -73,10 +77,11 @@ def read_config(path: Path, kind):
         raise ValueError(f"{path}: {error}") from None
 
 
-def save_folder(directory: str | Path, model: nn.Module) -> None:
-    """Writes `model.config` and the model's tensors as `config.json` and `model.safetensors`."""
+def save_folder(directory: str | Path, model: nn.Module, state: dict | None = None) -> None:
+    """Writes `model.config` and the model's tensors, or those of `state`, as `config.json` and `model.safetensors`."""
     directory = Path(directory)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_beside(directory / "model.safetensors", lambda p: save_file(tensors, p))
     write_json(directory / "config.json", dataclasses.asdict(model.config))
 

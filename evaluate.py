@@ -16,7 +16,7 @@ import corpus
 import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
-from data import text_batch
+from data import text_rows
 from generate import TINY, Painter, Sampling, check_device, write_text
 from mars import MARS
 from tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[d
 def perplexity(model: MARS, tokenizer: Tokenizer, rows: int, seed: int, things: int | None) -> float:
     """Sec. 3.2's claim that language stays: exp of the mean loss a token on `rows` unseen rows of text."""
     rng = random.Random(f"{seed}/perplexity")
-    tokens = text_batch(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng)
+    tokens = torch.tensor(text_rows(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng))
     tokens = tokens.to(model.norm.weight.device)
     return math.exp(model.loss(tokens, torch.ones_like(tokens, dtype=torch.bool)).item())
 

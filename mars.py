@@ -70,6 +70,7 @@ class MARS(nn.Module):
         self.norm = RMSNorm(D, config.norm_eps)
         self.text_head = None if config.tie_embeddings else nn.Linear(D, V_t, bias=False)
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
+        self.checkpoint_activations = False                           # True: blocks are computed again going back
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -90,7 +91,10 @@ class MARS(nn.Module):
         x = router(router.pack(tokens), self.text_embedding, embed_visual)             # (N, D)
         context = self._context(tokens, router, cache, past)
         for block in self.blocks:
-            x = block(x, context)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
         if cache:
             cache.advance(tokens.shape[1])
         return router.unpack(self.norm(x))                                             # (B, T, D)
@@ -236,9 +240,9 @@ class MARS(nn.Module):
         """Reads `config.json` and `model.safetensors`. Raises ValueError, one line, for a bad folder."""
         return load_folder(directory, cls, MARSConfig, device)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, beside and renamed."""
-        save_folder(directory, self)
+    def save_pretrained(self, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes `config.json` and `model.safetensors`, beside and renamed. state: gathered from ranks, else its own."""
+        save_folder(directory, self, state)
 
 
 def look_alike(codebook: Tensor, rows: int, width: int, generator: torch.Generator | None) -> Tensor:

@@ -1,6 +1,9 @@
 """Claims about the tokenizer, the sequence layout and the two sources of pictures (paper Sec. 3.3, 3.4)."""
+import io
 import json
 import random
+import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from data import (Folder, World, captioning, collate, fit, open_picture, prompt, stage1_batch, text_to_image, to_image,
+from data import (Folder, World, captioning, collate, fit, open_picture, prompt, stage1_rows, text_to_image, to_image,
                   to_pixels)
 from tokenizer import Tokenizer, Vocabulary
 
@@ -74,20 +77,21 @@ def test_collate_pads_at_the_right_and_padding_is_no_target():
 
 def test_one_caption_in_ten_is_dropped_and_the_share_of_captioning_is_as_asked(tokenizer):
     source = World(50, seed=0)
-    vocabulary = Vocabulary(len(tokenizer), 16)
-    codes = np.zeros((50, 2, 2), np.int32)
-    rng = random.Random(0)
     source.caption = lambda i, rng: "a red circle"
-    tokens, _ = stage1_batch(source, codes, range(50), tokenizer, vocabulary, 2000, rng, caption_share=0.3)
-    first = tokens[:, 0]
-    assert abs((first == vocabulary.special("<img>")).float().mean() - 0.3) < 0.04
-    assert abs((first == vocabulary.special("<uncond>")).float().mean() - 0.07) < 0.03
+    rows = stage1_rows(source, range(50), 2000, random.Random(0), caption_share=0.3)
+    assert abs(np.mean([row.is_captioning for row in rows]) - 0.3) < 0.04
+    assert abs(np.mean([row.text is None for row in rows]) - 0.07) < 0.03
+    vocabulary = Vocabulary(len(tokenizer), 16)
+    for row in rows[:50]:
+        first = row.sequence(np.zeros((2, 2), np.uint16), tokenizer, vocabulary).tokens[0]
+        expected = vocabulary.special("<img>") if row.is_captioning else vocabulary.special("<uncond>")
+        assert (first == expected) == (row.is_captioning or row.text is None)
 
 
 def test_a_held_out_pair_is_trained_on_without_its_caption(tokenizer):
     source = World(400, seed=0)
     hidden = [i for i in range(400) if not source.scene(i)[1]]
-    assert 8 <= len(hidden) <= 40
+    assert 20 <= len(hidden) <= 60
     assert all(source.caption(i, random.Random(0)) is None for i in hidden)
 
 
@@ -168,6 +172,7 @@ def test_a_missing_manifest_an_empty_one_and_a_broken_image_are_named(tmp_path):
 class CountingCodec(torch.nn.Module):
     """Stands in for the codec: code = mean of a 4 x 4 patch's red, counted calls."""
     factor = 4
+    config = types.SimpleNamespace(num_embeddings=16)
 
     def __init__(self):
         super().__init__()
@@ -178,15 +183,84 @@ class CountingCodec(torch.nn.Module):
         return (torch.nn.functional.avg_pool2d(pixels[:, :1], 4)[:, 0] * 15 * self.weight).round().long()
 
 
-def test_pictures_are_encoded_once_and_again_only_for_another_codec(tmp_path):
+@pytest.fixture
+def shards_of_four(monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 4)
+
+
+def test_pictures_are_encoded_once_and_again_only_for_another_codec(tmp_path, shards_of_four):
     source, codec = World(10, seed=0), CountingCodec()
-    first = data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
-    assert first.shape == (10, 24, 24) and codec.calls == 3
-    assert np.array_equal(first[7], codec.encode(to_pixels(source.image(7))[None])[0])
-    calls = codec.calls
-    data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
+    first = data.encode(source, codec, 96, tmp_path, batch=4)
+    assert len(first) == 10 and first[0].shape == (24, 24) and codec.calls == 3
+    for i in range(10):
+        assert np.array_equal(first[i], codec.encode(to_pixels(source.image(i))[None])[0])
+        assert first.captions(i) == source.captions(i)
+    calls, before = codec.calls, first[7].copy()
+    data.encode(source, codec, 96, tmp_path, batch=4)
     assert codec.calls == calls
     with torch.no_grad():
         codec.weight.mul_(0.5)
-    again = data.encode_once(source, codec, 96, tmp_path / "codes.npy", batch=4)
-    assert codec.calls == calls + 3 and not np.array_equal(again, first)
+    again = data.encode(source, codec, 96, tmp_path, batch=4)
+    assert codec.calls == calls + 3 and not np.array_equal(again[7], before)
+
+
+def test_an_encoding_that_was_killed_goes_on_where_it_was(tmp_path, shards_of_four, monkeypatch):
+    source, codec = World(10, seed=0), CountingCodec()
+    image = source.image
+    monkeypatch.setattr(source, "image", lambda i: image(i) if i < 9 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.encode(source, codec, 96, tmp_path, batch=4)
+    with pytest.raises(ValueError, match="codes.json: not found"):
+        data.Codes(tmp_path)
+    monkeypatch.setattr(source, "image", image)
+    assert codec.calls == 2
+    assert len(data.encode(source, codec, 96, tmp_path, batch=4)) == 10 and codec.calls == 3
+
+
+def test_ranks_take_turns_at_the_shards(tmp_path, shards_of_four):
+    shares = [data.Ranks(rank, 2).share(list(range(0, 10, data.SHARD))) for rank in (0, 1)]
+    assert shares == [[0, 8], [4]]
+
+
+def test_a_bad_picture_stops_the_encoding_or_is_left_out_and_listed(tmp_path, capsys):
+    lines = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in "abc"]
+    where = folder(tmp_path, *lines)
+    for name in "abc":
+        Image.new("RGB", (96, 96), "red").save(where / f"{name}.png")
+    (where / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="b.png: not a whole image file"):
+        data.encode(Folder(where), CountingCodec(), 96, tmp_path / "codes")
+    codes = data.encode(Folder(where), CountingCodec(), 96, tmp_path / "codes", skip_bad=True)
+    assert codes.whole == [0, 2] and "1 of 3 pictures cannot be read" in capsys.readouterr().out
+    assert json.loads((tmp_path / "codes" / "codes.json").read_text())["skipped"][0][0] == 1
+
+
+def test_tars_are_read_as_the_folder_they_were_made_of(tmp_path):
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        for i, (name, text) in enumerate([("a.jpg", None), ("a.txt", "a cat"), ("b.png", None),
+                                          ("b.json", '{"caption": "一只狗"}'), ("c.png", None)]):
+            content = io.BytesIO()
+            if text is None:
+                Image.new("RGB", (8 + i, 8), "blue").save(content, "PNG")
+            else:
+                content.write(text.encode())
+            member = tarfile.TarInfo(name)
+            member.size = content.tell()
+            content.seek(0)
+            tar.addfile(member, content)
+    source = data.open_source(str(tmp_path), 0, 0)
+    assert [source.caption(i, random.Random(0)) for i in range(3)] == ["a cat", "一只狗", None]
+    assert [source.image(i).size for i in range(3)] == [(8, 8), (10, 8), (12, 8)]
+    (tmp_path / "shard-0.tar").write_bytes(b"no tar" * 100)
+    with pytest.raises(ValueError, match="shard-0.tar: not a whole tar"):
+        data.open_source(str(tmp_path), 0, 0)
+
+
+def test_what_was_encoded_can_be_looked_at(tmp_path, capsys):
+    data.main(["encode", "--data", "world", "--pictures", "20", "--out", str(tmp_path / "codes")])
+    data.main(["inspect", str(tmp_path / "codes"), "--num", "6", "-o", str(tmp_path / "grid.png")])
+    printed = capsys.readouterr().out
+    assert printed.count("scene ") == 6 and Image.open(tmp_path / "grid.png").size == (6 * 98 - 2, 96)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["inspect", str(tmp_path)])
+    assert stop.value.code == 2 and "codes.json: not found" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -17,14 +19,19 @@ from train import PRESETS, Recipe, learning_rate
 from vqgan import VQGAN
 
 
-@pytest.fixture(autouse=True)
-def small_presets(monkeypatch):
-    """The nano preset with less of everything, as `test`."""
+def small_preset():
+    """The nano preset with less of everything."""
     nano = PRESETS["nano"]
-    monkeypatch.setitem(PRESETS, "test", dataclasses.replace(
+    return dataclasses.replace(
         nano, language=dataclasses.replace(nano.language, width=32, heads=2, kv_heads=2, ffn_width=64, layers=2),
         pictures=48, row=64,
-        recipes={"vqgan": Recipe(6, 8, 1e-3), "text": Recipe(6, 4, 1e-3), "stage1": Recipe(6, 8, 1e-3)}))
+        recipes={"vqgan": Recipe(6, 8, 1e-3), "text": Recipe(6, 4, 1e-3), "stage1": Recipe(6, 8, 1e-3)})
+
+
+@pytest.fixture(autouse=True)
+def preset_test(monkeypatch):
+    """`--preset test`."""
+    monkeypatch.setitem(PRESETS, "test", small_preset())
 
 
 def run(*arguments):
@@ -202,8 +209,54 @@ def test_a_broken_picture_is_named_while_the_folder_is_encoded(tmp_path, capsys)
     assert "5.bmp: not a whole image file" in message
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.TextStage, "loss", lambda self, step, rng: (
-        self.model.norm.weight.sum() * math.nan, {"loss": math.nan}, 1))
-    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path], capsys)
-    assert "the loss is nan at step 0" in message
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, capsys, monkeypatch):
+    backward = train.TextStage.backward
+    def broken(self, step, rng):
+        logs, tokens, names = backward(self, step, rng)
+        return {"loss": math.nan if step == 3 else logs["loss"]}, tokens, names * 3
+    monkeypatch.setattr(train.TextStage, "backward", broken)
+    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path, "--save-every", 2], capsys)
+    assert "the loss is nan at step 3; the last good checkpoint is " in message and "checkpoint-000002.pt" in message
+    assert "and 8 more, all in" in message and len((tmp_path / "bad-batch.txt").read_text().splitlines()) == 12
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypatch):
+    save = torch.save
+    def full(state, path):
+        if state["step"] == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path, "--save-every", 2], capsys)
+    assert "cannot write the checkpoint of step 4" in message and "the last whole one is" in message
+    assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-000002.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, capsys, monkeypatch, number):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("text", "--preset", "test", "--out", whole)
+    backward = train.TextStage.backward
+    def interrupted(self, step, rng):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return backward(self, step, rng)
+    monkeypatch.setattr(train.TextStage, "backward", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("text", "--preset", "test", "--out", parts)
+    assert stop.value.code == 128 + number
+    assert "stopped after step 3 and saved" in capsys.readouterr().err
+    monkeypatch.setattr(train.TextStage, "backward", backward)
+    run("text", "--preset", "test", "--out", parts, "--resume")
+    assert weights(parts) == weights(whole)
+
+
+def test_the_forecast_says_what_to_pass_where_ddp_does_not_fit():
+    config = train.SIZES["qwen-7b"]
+    assert "DDP on 8 GPUs" in train.check_memory(config, 8, 180 * 10 ** 9, shard=False)
+    with pytest.raises(ValueError, match=r"DDP on 8 GPUs of 80 GB takes 1\d\d.\d GB of each; pass --shard, which takes"):
+        train.check_memory(config, 8, 80 * 10 ** 9, shard=False)
+    assert "--shard on 8 GPUs" in train.check_memory(config, 8, 80 * 10 ** 9, shard=True)
+    with pytest.raises(ValueError, match="expected at least 2 GPUs with --shard"):
+        train.check_memory(config, 1, 80 * 10 ** 9, shard=True)

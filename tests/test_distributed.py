@@ -1,0 +1,107 @@
+"""Claims about several processes: the same run, spread (Sec. 4.1)."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distributed import Ranks, Spread
+from test_train import PRESETS, lines, run, small_preset, weights
+
+ROOT = Path(__file__).parent.parent
+# train.py with the preset `test`, in a process of its own
+PROGRAM = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import test_train
+test_train.PRESETS["test"] = test_train.small_preset()
+test_train.train.main()
+"""
+
+
+def torchrun(tmp_path, processes, *arguments, more=()):
+    """Runs train.py's main under torchrun; its output where it failed."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+               str(20_000 + os.getpid() % 20_000), *more, str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Stage I in one process, from a codec and a language model of two steps each: what to compare with."""
+    path = tmp_path_factory.mktemp("one")
+    PRESETS["test"] = small_preset()
+    run("vqgan", "--preset", "test", "--out", path / "vqgan", "--steps", 2)
+    run("text", "--preset", "test", "--out", path / "text", "--steps", 2)
+    common = ["stage1", "--preset", "test", "--vqgan", path / "vqgan", "--language", path / "text", "--save-every", 3]
+    run(*common, "--out", path / "mars")
+    return common, path / "mars"
+
+
+@pytest.mark.parametrize("how", [("--micro-batch", 2, "--checkpoint-activations"), ("--shard",)],
+                         ids=["ddp-in-small-parts", "sharded"])
+def test_two_processes_give_the_losses_and_weights_of_one_and_their_checkpoint_is_one_processs_too(tmp_path, one, how):
+    common, expected = one
+    torchrun(tmp_path, 2, *common, "--out", tmp_path / "two", *how)
+
+    def compare():
+        losses = [[row["loss"] for row in lines(path)] for path in (tmp_path / "two", expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        left, right = (load_file(path / "model.safetensors") for path in (tmp_path / "two", expected))
+        assert left.keys() == right.keys()
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4, msg=name)
+    compare()
+    (tmp_path / "two" / "model.safetensors").unlink()
+    (tmp_path / "two" / "checkpoint-000006.pt").unlink()
+    run(*common, "--out", tmp_path / "two", "--resume")
+    compare()
+
+
+def test_rows_go_round_the_ranks_and_come_back_in_order():
+    ranks = [Ranks(rank, 3) for rank in range(3)]
+    assert [r.share(list(range(7))) for r in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert Ranks().together([1, 2, 3]) == [1, 2, 3] and Ranks().sum(2.5) == 2.5
+
+
+def test_bf16_trains_float32_weights(mars):
+    mars.freeze_language()
+    spread = Spread(mars, Ranks(), bf16=True)
+    tokens = torch.randint(0, 42 + 16, (2, 12), generator=torch.Generator().manual_seed(0))
+    is_target = torch.ones_like(tokens, dtype=torch.bool)
+    loss = spread(tokens, is_target)
+    loss.backward()
+    assert loss.item() == pytest.approx(mars.loss(tokens, is_target).item(), rel=0.02)
+    assert loss.item() != mars.loss(tokens, is_target).item()
+    assert all(p.grad.dtype == torch.float32 for p in mars.parameters() if p.requires_grad)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), "text", "--preset", "test", "--save-every", "1", "--steps", "40", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    moment = random.Random(time.time_ns()).random() * 0.5
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=environment)
+    while not any((tmp_path / "killed").glob("checkpoint-*.pt")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(moment)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, str(tmp_path / "killed"), "--resume"], check=True, capture_output=True, env=environment)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole"), moment
+    timeless = lambda d: [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in lines(d)]
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
