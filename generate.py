@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import read_json
-from checkpoint import one_line_errors
+from checkpoint import one_line_errors, read_json
 from data import captioning, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
 from mars import MARS
 from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
@@ -40,20 +39,27 @@ def guide(logits: Tensor, scale: float) -> Tensor:
     return without + scale * (with_caption - without)
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """Not in the paper: one token a row from logits (B, V) by temperature, top-k and top-p -> (B,)."""
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Not in the paper: logits (B, V) after temperature, top-k and top-p -> probabilities (B, V)."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(-1)
+    p = logits.softmax(-1)
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
+        ordered, order = p.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0             # keeps the token that crosses top_p
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Not in the paper: one token a row from logits (B, V) -> (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)[:, 0]
 
 
 # ----------------------------------------------------------------------------- drawing a sequence
@@ -69,27 +75,71 @@ def prefill(model: MARS, prompts: list[list[int]], more: int):
     return model.hidden(tokens.to(cache.keys.device), cache)[:, -1], cache
 
 
+def prompts_of(model: MARS, captions: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """What stands before the pictures; with guidance, then the same number of `<uncond>` twins."""
+    prompts = [prompt(caption, model.vocabulary) for caption in captions]
+    return prompts + [prompt(None, model.vocabulary)] * (len(captions) if sampling.cfg != 1 else 0)
+
+
+def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tensor:
+    """Head k's logits of codes, guided: hidden (B or 2B, D) -> (B, codes) float32. Nothing but codes can be drawn."""
+    logits = model.vision_head(model.ahead(hidden, k))[:, :model.vocabulary.codes].float()
+    return guide(logits, sampling.cfg) if sampling.cfg != 1 else logits
+
+
 @torch.no_grad()
 def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
                generator: torch.Generator | None = None) -> Tensor:
     """Captions (ids) -> codes (B, h, w). With guidance each caption and its `<uncond>` twin share one batch.
 
-    Only codes can be drawn: the picture's size sets how many. Raises ValueError where a caption is too long.
+    The picture's size sets how many codes are drawn. A model of K heads draws K a forward pass (Eq. 2), each from its
+    own head. Raises ValueError where a caption is too long.
     """
-    V_t, codes = model.vocabulary.text, model.vocabulary.codes
-    prompts = [prompt(caption, model.vocabulary) for caption in captions]
-    guided = sampling.cfg != 1
-    if guided:
-        prompts += [prompt(None, model.vocabulary)] * len(captions)
-    hidden, cache = prefill(model, prompts, height * width)
-    drawn = []
-    for _ in range(height * width):
-        logits = model.vision_head(hidden)[:, :codes].float()                    # (B or 2B, codes)
-        drawn.append(draw(guide(logits, sampling.cfg) if guided else logits, sampling, generator))
-        if len(drawn) < height * width:
-            token = (V_t + drawn[-1]).repeat(2 if guided else 1)[:, None]        # (B or 2B, 1)
-            hidden = model.hidden(token, cache)[:, -1]
-    return torch.stack(drawn, dim=1).unflatten(1, (height, width))
+    prompts, length = prompts_of(model, captions, sampling), height * width
+    hidden, cache = prefill(model, prompts, length)
+    drawn = []                                                                   # of (B,)
+    while True:
+        new = min(model.config.ahead, length - len(drawn))
+        drawn += [draw(code_logits(model, hidden, k, sampling), sampling, generator) for k in range(1, new + 1)]
+        if len(drawn) == length:
+            return torch.stack(drawn, dim=1).unflatten(1, (height, width))
+        tokens = model.vocabulary.text + torch.stack(drawn[-new:], dim=1)        # (B, K)
+        hidden = model.hidden(tokens.repeat(len(prompts) // len(captions), 1), cache)[:, -1]
+
+
+@torch.no_grad()
+def draw_codes_verified(model: MARS, caption: list[int], height: int, width: int, sampling: Sampling,
+                        generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+    """Not in the paper: heads 2 to K only draft; head 1 accepts each draft or puts another code in its place.
+
+    The codes are distributed exactly as head 1 alone would draw them, one by one (speculative sampling, arXiv
+    2302.01318, with the drafts of one's own heads), in fewer passes. One caption (ids) -> codes (1, h, w) and the
+    number of passes after the prompt's.
+    """
+    prompts, length = prompts_of(model, [caption], sampling), height * width
+    hidden, cache = prefill(model, prompts, length + model.config.ahead)
+    chances = lambda states, k: probabilities(code_logits(model, states, k, sampling), sampling)[0]     # (codes,)
+    pick = lambda p: int(torch.multinomial(p, 1, generator=generator))
+    drawn, passes = [pick(chances(hidden, 1))], 0
+    while len(drawn) < length:
+        q = [chances(hidden, k) for k in range(2, 1 + min(model.config.ahead, length - len(drawn) + 1))]
+        drafts = [pick(p) for p in q]
+        fed = model.vocabulary.text + torch.tensor([[drawn[-1], *drafts]], device=hidden.device)
+        states = model.hidden(fed.repeat(len(prompts), 1), cache)                # (1 or 2, 1 + drafts, D)
+        passes, accepted = passes + 1, 0
+        for draft, of_draft in zip(drafts, q):
+            p = chances(states[:, accepted], 1)
+            if torch.rand((), generator=generator, device=p.device) * of_draft[draft] > p[draft]:
+                drawn.append(pick((p - of_draft).clamp(min=0)))                  # what the drafts drew too rarely
+                break
+            drawn.append(draft)
+            accepted += 1
+        else:
+            if len(drawn) < length:
+                drawn.append(pick(chances(states[:, -1], 1)))
+        cache.length -= len(drafts) - accepted                                   # forget what was not accepted
+        hidden = states[:, accepted]
+    return torch.tensor(drawn, device=hidden.device).view(1, height, width), passes
 
 
 @torch.no_grad()
@@ -148,14 +198,23 @@ class Painter:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {room} fit beside the picture")
         return ids
 
-    def paint(self, prompts: list[str], sampling: Sampling = Sampling(), seed: int = 0, batch: int = 64):
-        """Prompts -> RGB images; the same prompts, settings and seed give the same pictures."""
+    def paint(self, prompts: list[str], sampling: Sampling = Sampling(), seed: int = 0, batch: int = 64,
+              verify: bool = False):
+        """Prompts -> RGB images; the same prompts, settings and seed give the same pictures.
+
+        verify: head 1 checks what the other heads of a model with K > 1 draft.
+        """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         cells = self.side // self.vqgan.factor
         captions, images = [self.encode_prompt(text) for text in prompts], []
         for start in range(0, len(captions), batch):
-            codes = draw_codes(self.model, captions[start:start + batch], cells, cells, sampling, generator)
+            some = captions[start:start + batch]
+            if verify:
+                codes = torch.cat([draw_codes_verified(self.model, caption, cells, cells, sampling, generator)[0]
+                                   for caption in some])
+            else:
+                codes = draw_codes(self.model, some, cells, cells, sampling, generator)
             with torch.no_grad():
                 images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
         return images
@@ -195,6 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
+    parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder that train.py stage1 wrote")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
@@ -220,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-        images = painter.paint(prompts, sampling, args.seed)
+        images = painter.paint(prompts, sampling, args.seed, verify=args.verify)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 

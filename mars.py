@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qwen
 from checkpoint import load_folder, one_line_errors, save_folder
-from semvie import Context, KVCache, RMSNorm, Router, SemVIEBlock, SemVIEConfig, rope_angles
+from semvie import Context, KVCache, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles
 from tokenizer import Vocabulary
 
 
@@ -30,6 +30,7 @@ class MARSConfig(SemVIEConfig):
     context: int                  # longest sequence in tokens; 8,192 for Qwen-7B
     text_vocab: int               # V_t
     codes: int = 0                # size of the VQ-GAN's codebook; 0: the language model alone
+    ahead: int = 1                # K of Eq. 2: how many codes one position predicts
     tie_embeddings: bool = False  # True: the text head is the text embedding, as in the small Qwen2 models
 
     @property
@@ -39,6 +40,9 @@ class MARSConfig(SemVIEConfig):
 
 
 # ----------------------------------------------------------------------------- Sec. 3.1: the loss
+
+LOGITS = 2 ** 28                      # most logits at a time, 1 GB in float32: 1,676 rows of Qwen-7B's vocabulary
+
 
 def cross_entropy_in_chunks(hidden: Tensor, targets: Tensor, logits_of, chunk: int) -> Tensor:
     """Eq. 1, mean over the N rows of hidden (N, D) and targets (N,), `chunk` rows at a time.
@@ -52,6 +56,20 @@ def cross_entropy_in_chunks(hidden: Tensor, targets: Tensor, logits_of, chunk: i
     parts = [checkpoint(total, rows, ids, use_reentrant=False)
              for rows, ids in zip(hidden.split(chunk), targets.split(chunk))]
     return torch.stack(parts).sum() / len(hidden)
+
+
+class Ahead(nn.Module):
+    """Eq. 2: what head k > 1 puts before the vision head: a residual block, so that z_{t+k} is read off the hidden
+    state of z_t. It starts at zero: at first all heads say what head 1 says. The paper does not say how K tokens are
+    predicted; K heads on the one causal trunk are our reading."""
+
+    def __init__(self, config: MARSConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = SwiGLU(config.width, config.ffn_width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.ffn(self.norm(hidden))                                    # (..., D)
 
 
 # ----------------------------------------------------------------------------- Sec. 3.2, 3.3: the model
@@ -70,6 +88,7 @@ class MARS(nn.Module):
         self.norm = RMSNorm(D, config.norm_eps)
         self.text_head = None if config.tie_embeddings else nn.Linear(D, V_t, bias=False)
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
+        self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -130,10 +149,29 @@ class MARS(nn.Module):
         """tokens (B, T) -> logits (B, T, V_t + V_v), float32."""
         return self.logits(self.hidden(tokens, cache))
 
-    def loss(self, tokens: Tensor, is_target: Tensor, chunk: int = 4096) -> Tensor:
-        """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks."""
-        hidden = self.hidden(tokens)[:, :-1][is_target[:, 1:]]                         # (targets, D)
-        return cross_entropy_in_chunks(hidden, tokens[:, 1:][is_target[:, 1:]], self.logits, chunk)
+    def ahead(self, hidden: Tensor, k: int) -> Tensor:
+        """Eq. 2: hidden states (..., D) as head k reads them; k = 1 leaves them as they are."""
+        return hidden if k == 1 else self.visual_ahead[k - 2](hidden)
+
+    def loss(self, tokens: Tensor, is_target: Tensor, chunk: int | None = None) -> Tensor:
+        """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks.
+
+        With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
+        elsewhere. chunk: rows whose logits exist at a time; None: as many as make LOGITS. Memory does not grow with
+        K: each head's work is dropped and done again in the backward pass.
+        """
+        hidden = self.hidden(tokens)                                                   # (B, T, D)
+        chunk = chunk or max(1, LOGITS // self.vocabulary.size)
+        targets = is_target[:, 1:]
+        loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
+        in_picture = tokens >= self.vocabulary.text
+        for k in range(2, self.config.ahead + 1):
+            asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
+            of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
+                rows, ids, lambda part: self.logits(self.ahead(part, k)), chunk),
+                hidden[:, :-k][asked], tokens[:, k:][asked], use_reentrant=False)
+            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1))
+        return loss / self.config.ahead
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""
@@ -171,7 +209,7 @@ class MARS(nn.Module):
 
     @classmethod
     def from_language_model(cls, language: "MARS", codes: int, *, visual_experts: bool = True,
-                            route_output: bool = False, codebook: Tensor | None = None,
+                            route_output: bool = False, ahead: int = 1, codebook: Tensor | None = None,
                             generator: torch.Generator | None = None) -> "MARS":
         """Sec. 3.3: grows the visual side. Experts are copies of the text experts; rows of the visual embedding
         and of the vision head are the mean of the text's rows.
@@ -179,7 +217,7 @@ class MARS(nn.Module):
         codebook: the VQ-GAN's (codes, d): rows start apart instead, see `look_alike`.
         """
         config = dataclasses.replace(language.config, codes=codes, visual_experts=visual_experts,
-                                     route_output=route_output)
+                                     route_output=route_output, ahead=ahead)
         with torch.device("meta"):
             model = cls(config)
         for name, tensor in language.state_dict().items():
@@ -209,12 +247,17 @@ class MARS(nn.Module):
                     apart = look_alike(codebook, *parameter.shape, generator).to(rows.device)
                     tensor = tensor + scale * (squares / len(rows)).sqrt() * apart
                 self._put(name, tensor.to(rows.dtype, copy=True).contiguous())
+            elif name.startswith("visual_ahead."):
+                start = (torch.ones if name.endswith("norm.weight") else torch.zeros)(parameter.shape)
+                if not name.endswith(("norm.weight", "down.weight")):
+                    start = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+                self._put(name, start.to(self.text_embedding.weight))
             elif is_visual(name):
                 self._put(name, self.get_parameter(name.replace("visual_", "")).detach().clone())
 
     @classmethod
     def from_qwen(cls, directory: str | Path, codes: int = 8192, *, dtype: torch.dtype = torch.bfloat16,
-                  device="cpu", visual_experts: bool = True, route_output: bool = False,
+                  device="cpu", visual_experts: bool = True, route_output: bool = False, ahead: int = 1,
                   codebook: Tensor | None = None, generator: torch.Generator | None = None) -> "MARS":
         """Sec. 3.3: grows a MARS out of a folder of Qwen's or Qwen2's published weights; codes=0: Qwen alone.
 
@@ -222,7 +265,8 @@ class MARS(nn.Module):
         arguments are those of `from_language_model`. Raises ValueError, one line, for a bad folder.
         """
         layout, fields = qwen.read_layout(Path(directory))
-        config = MARSConfig(**fields, codes=codes, visual_experts=visual_experts, route_output=route_output)
+        config = MARSConfig(**fields, codes=codes, visual_experts=visual_experts, route_output=route_output,
+                            ahead=ahead)
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -284,7 +328,7 @@ def count_parameters(config: MARSConfig) -> tuple[int, int]:
     return sum(n for visual, n in sizes if not visual), sum(n for visual, n in sizes if visual)
 
 
-def forecast(config: MARSConfig, gpus: int = 8, rows: int = 64 * 330, chunk: int = 4096) -> dict[str, float]:
+def forecast(config: MARSConfig, gpus: int = 8, rows: int = 64 * 330) -> dict[str, float]:
     """Not in the paper: bytes a GPU needs in training, before activations, for each way to train; and the logits'.
 
     AdamW keeps 12 bytes a trainable parameter (float32 master copy and two moments). rows: tokens in a batch of 64
@@ -294,6 +338,7 @@ def forecast(config: MARSConfig, gpus: int = 8, rows: int = 64 * 330, chunk: int
     if not config.visual_experts:
         frozen, trained = 0, frozen + trained
     weights, gradients, optimiser = 2 * (frozen + trained), 2 * trained, 12 * trained
+    chunk = max(1, LOGITS // config.vocabulary.size)
     return {"DDP, float32 AdamW": 2 * frozen + 16 * trained,
             f"sharded optimiser (ZeRO-1), {gpus} GPUs": weights + gradients + optimiser / gpus,
             f"fully sharded (ZeRO-3, the paper's), {gpus} GPUs": (weights + gradients + optimiser) / gpus,

@@ -212,7 +212,8 @@ class Stage1(NextToken):
         whole = set(self.codes.whole)
         self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
         self.model = MARS.from_language_model(
-            language, self.vqgan.config.num_embeddings,
+            language, self.vqgan.config.num_embeddings, visual_experts=not args.without_experts,
+            route_output=args.route_output, ahead=args.ahead,
             codebook=self.vqgan.quantize.embedding.weight if preset.codebook_start else None,
             generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
         self.model.freeze_language()
@@ -225,7 +226,8 @@ class Stage1(NextToken):
     def rows(self, step: int, rng: random.Random):
         """Pictures, each with what it is used for."""
         indices = self.simple if step < self.preset.curriculum * self.recipe.steps else self.all
-        return stage1_rows(self.source, indices, self.recipe.batch, rng, self.preset.caption_share)
+        share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
+        return stage1_rows(self.source, indices, self.recipe.batch, rng, share)
 
     def tensors(self, rows):
         """-> tokens (B, T), is_target (B, T)."""
@@ -447,9 +449,9 @@ CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
              patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
 
 PRESETS = {
-    "qwen": Preset(                      # the paper's Stage I: 200 million pairs once, 4,096 a step, 64 a GPU
+    "qwen": Preset(                      # the paper's Stage I: 200 million pairs once, 4,096 a step
         language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"stage1": Recipe(48_000, 64, 1e-4)}, pictures=60_000, codebook_start=False),
+        recipes={"stage1": Recipe(48_000, 4096, 1e-4)}, pictures=60_000, codebook_start=False),
     "tiny": Preset(
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
@@ -482,6 +484,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints")
     parser.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between sample grids")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--ahead", type=int, default=1, metavar="K", help="Eq. 2: codes predicted a forward pass")
+    parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
+    parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
+    parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; 0: none; default: the preset's")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
@@ -490,7 +496,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard", action="store_true", help="under torchrun: shard all over the GPUs, as ZeRO-3 does")
     args = parser.parse_args(arguments)
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
-    for name in ("steps", "batch", "micro_batch", "save_every", "sample_every"):
+    for name in ("steps", "batch", "micro_batch", "ahead", "save_every", "sample_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     return args
