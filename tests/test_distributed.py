@@ -25,10 +25,22 @@ test_train.train.main()
 """
 
 
-def torchrun(tmp_path, processes, *arguments, more=()):
+# the first process, before it is started again, dies in the middle of its fourth step
+DYING = """
+import os, signal
+backward = test_train.train.TextStage.backward
+def dying(self, step, rng):
+    if step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(self, step, rng)
+test_train.train.TextStage.backward = dying
+"""
+
+
+def torchrun(tmp_path, processes, *arguments, more=(), patch=""):
     """Runs train.py's main under torchrun; its output where it failed."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(PROGRAM.replace("test_train.train.main()", patch + "test_train.train.main()"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                str(20_000 + os.getpid() % 20_000), *more, str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240,
@@ -69,6 +81,15 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_their_checkpoint_i
     compare()
 
 
+@pytest.mark.slow
+def test_torchrun_starts_a_dead_run_again_and_it_ends_in_the_same_bytes(tmp_path):
+    common = ["text", "--preset", "test", "--save-every", 2]
+    torchrun(tmp_path, 1, *common, "--out", tmp_path / "whole")
+    output = torchrun(tmp_path, 1, *common, "--out", tmp_path / "dying", more=("--max-restarts", "1"), patch=DYING)
+    assert output.count("of them train") == 2                                  # it was started twice
+    assert weights(tmp_path / "dying") == weights(tmp_path / "whole")
+
+
 def test_rows_go_round_the_ranks_and_come_back_in_order():
     ranks = [Ranks(rank, 3) for rank in range(3)]
     assert [r.share(list(range(7))) for r in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
@@ -87,7 +108,8 @@ def test_bf16_trains_float32_weights(mars):
     assert all(p.grad.dtype == torch.float32 for p in mars.parameters() if p.requires_grad)
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path, attempt):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), "text", "--preset", "test", "--save-every", "1", "--steps", "40", "--out"]
