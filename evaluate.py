@@ -56,23 +56,23 @@ def accuracy(images, texts: list[str]) -> dict[str, float]:
     return {key: sum(marks) / len(marks) for key, marks in said.items() if marks}
 
 
-def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None) -> list[dict]:
+def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None, best_of: int = 1) -> list[dict]:
     """Draws n prompts of each split and checks the pictures -> rows by split, language and attribute."""
-    rows = []
+    rows, task = [], "drawing" if best_of == 1 else f"best of {best_of}"
     for name, split in SPLITS.items():
         if split == "held_out_combination" and things == 1:
             continue
         asked = questions(split, n, seed, things)
         images = []
-        for start in tqdm(range(0, n, 50), desc=f"drawing, {name}", unit="batch"):
+        for start in tqdm(range(0, n, 50), desc=f"{task}, {name}", unit="batch"):
             texts = [text for _, text, _ in asked[start:start + 50]]
-            images += painter.paint(texts, sampling, seed + start)
+            images += painter.paint(texts, sampling, seed + start, best_of=best_of)
         found = [(language, check(image, world.parse(text))) for image, (_, text, language) in zip(images, asked)]
         for language in ("en", "zh", "both"):
             for key in KEYS:
                 marks = [row[key] for spoken, row in found if language in (spoken, "both") and row[key] is not None]
                 if marks:
-                    rows.append(counted({"task": "drawing", "split": name, "language": language, "what": key}, marks))
+                    rows.append(counted({"task": task, "split": name, "language": language, "what": key}, marks))
     return rows
 
 
@@ -161,12 +161,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--things", type=int, choices=(1, 2, 3), help="things a scene; without it one to three")
     parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="also with the best of N drawn a prompt")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="report.json", type=Path, help="JSON to write")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
-    if args.prompts < 1:
-        parser.error(f"--prompts is {args.prompts}, expected at least 1")
+    for name in ("prompts", "best_of"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     return args
 
 
@@ -177,6 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
         painter = Painter.from_pretrained(args.weights, check_device(args.device))
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
         rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
+        if args.best_of > 1:
+            rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)
         rows += reading(painter, args.prompts, args.seed, args.things)
         rows += restoring(painter, 500, args.seed, args.things)
         share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)

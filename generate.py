@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import one_line_errors, read_json
-from data import captioning, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
+from data import captioning, collate, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
 from mars import MARS
 from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
 from vqgan import VQGAN
@@ -158,6 +158,21 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
     return [row[:row.index(eos)] if eos in row else row for row in rows]
 
 
+@torch.no_grad()
+def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor, eos: int) -> Tensor:
+    """Not in the paper, whose MARS* ranks pictures by CLIP: log p(caption | picture) by the model itself.
+
+    captions: ids; codes (B, h, w) -> (B,), natural logarithms.
+    """
+    pairs = [captioning(caption, picture, model.vocabulary, eos) for caption, picture in zip(captions, codes)]
+    tokens, is_target = (tensor.to(codes.device) for tensor in collate(pairs, model.vocabulary.special("<pad>")))
+    asked = is_target[:, 1:]                                                     # (B, T - 1)
+    log_p = model.logits(model.hidden(tokens)[:, :-1][asked]).log_softmax(-1)    # (targets, V)
+    of_target = torch.zeros(asked.shape, device=codes.device)
+    of_target[asked] = log_p.gather(-1, tokens[:, 1:][asked][:, None])[:, 0]
+    return of_target.sum(1)
+
+
 # ----------------------------------------------------------------------------- the whole path
 
 def check_device(name: str) -> str:
@@ -198,16 +213,19 @@ class Painter:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {room} fit beside the picture")
         return ids
 
+    @torch.no_grad()
     def paint(self, prompts: list[str], sampling: Sampling = Sampling(), seed: int = 0, batch: int = 64,
-              verify: bool = False):
+              verify: bool = False, best_of: int = 1):
         """Prompts -> RGB images; the same prompts, settings and seed give the same pictures.
 
-        verify: head 1 checks what the other heads of a model with K > 1 draft.
+        verify: head 1 checks what the other heads of a model with K > 1 draft. best_of: how many to draw for each
+        prompt, of which the one stays that makes its prompt likeliest as a caption (Sec. 4, MARS*).
         """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        cells = self.side // self.vqgan.factor
-        captions, images = [self.encode_prompt(text) for text in prompts], []
+        cells, images = self.side // self.vqgan.factor, []
+        captions = [ids for text in prompts for ids in [self.encode_prompt(text)] * best_of]
+        batch = max(1, batch // best_of) * best_of
         for start in range(0, len(captions), batch):
             some = captions[start:start + batch]
             if verify:
@@ -215,8 +233,10 @@ class Painter:
                                    for caption in some])
             else:
                 codes = draw_codes(self.model, some, cells, cells, sampling, generator)
-            with torch.no_grad():
-                images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
+            if best_of > 1:
+                likely = caption_log_likelihood(self.model, some, codes, self.tokenizer.eos).view(-1, best_of)
+                codes = codes.unflatten(0, (-1, best_of))[torch.arange(len(likely)), likely.argmax(1)]
+            images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
         return images
 
     def restore(self, images, batch: int = 64):
@@ -254,6 +274,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N",
+                        help="draw N for each, keep the one that the prompt describes best")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder that train.py stage1 wrote")
@@ -262,7 +284,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.prompt) == bool(args.caption):
         parser.error("expected a prompt or --caption IMAGE, one of the two")
-    for name, low, high in (("num", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100), ("top_k", 0, 10**9),
+    for name, low, high in (("num", 1, 1024), ("best_of", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100), ("top_k", 0, 10**9),
                             ("top_p", 1e-6, 1)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
@@ -280,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-        images = painter.paint(prompts, sampling, args.seed, verify=args.verify)
+        images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 
