@@ -91,13 +91,13 @@ class VQGANStage:
         return torch.stack([to_pixels(image) for image in images]).to(self.args.ranks.device)
 
     def backward(self, step: int, rng: random.Random):
-        """Adds the gradients of a step -> log entries, tokens seen, names of the pictures."""
+        """Adds the gradients of a step -> log entries, tokens seen, a function that names the pictures."""
         indices = [rng.randrange(len(self.source)) for _ in range(self.recipe.batch)]
         pixels = self.pixels(indices)
         loss, logs = self.criterion(self.model, pixels, step)
         loss.backward()
         tokens = len(pixels) * (pixels.shape[-1] // self.model.factor) ** 2
-        return logs, tokens, [self.source.title(i) for i in indices]
+        return logs, tokens, lambda: [self.source.title(i) for i in indices]
 
     def sample(self, path: Path) -> dict:
         """Writes a grid: eight pictures above their reconstructions."""
@@ -121,12 +121,17 @@ class NextToken:
     def spread(self) -> None:
         """Puts the model on its ranks."""
         args = self.args
+        if not args.shard:                                       # else block by block, see Spread
+            self.model.to(args.ranks.device)
+            for parameter in self.model.parameters():            # what trains does so in float32
+                if parameter.requires_grad or args.precision == "fp32":
+                    parameter.data = parameter.data.float()
         self.loss = Spread(self.model, args.ranks, args.shard, args.precision == "bf16")
         self.trained, self.uniform = self.model, self.model.vocabulary.size
         self.model.checkpoint_activations = args.checkpoint_activations
 
     def backward(self, step: int, rng: random.Random):
-        """Adds the gradients of a step -> log entries, tokens seen, names of what was in it."""
+        """Adds the gradients of a step -> log entries, tokens seen, a function that names what was in it."""
         ranks = self.args.ranks
         rows = self.rows(step, rng)
         mine = ranks.share(rows)
@@ -139,7 +144,8 @@ class NextToken:
                 part = self.loss(tokens.to(ranks.device), is_target.to(ranks.device)) * (targets[i] / total)
                 (part * ranks.count).backward()                  # ranks average: times their number, that is a sum
             loss += part.item()
-        return {"loss": ranks.sum(loss)}, ranks.sum(sum(tokens.numel() for tokens, _ in parts)), self.names(rows)
+        tokens = ranks.sum(sum(tokens.numel() for tokens, _ in parts))
+        return {"loss": ranks.sum(loss)}, tokens, lambda: self.names(rows)
 
     def state(self) -> dict:
         """The whole model's tensors, gathered from all ranks."""
@@ -159,7 +165,7 @@ class TextStage(NextToken):
         rng = random.Random(f"{args.seed}/tokenizer")
         self.tokenizer = Tokenizer.train([self.document(rng) for _ in range(20_000)], preset.language.text_vocab)
         self.config = dataclasses.replace(preset.language, text_vocab=len(self.tokenizer))
-        self.model = MARS(self.config).initialise(torch.Generator().manual_seed(args.seed)).to(args.ranks.device)
+        self.model = MARS(self.config).initialise(torch.Generator().manual_seed(args.seed))
         self.spread()
 
     def rows(self, step: int, rng: random.Random) -> list[list[int]]:
@@ -205,7 +211,9 @@ class Stage1(NextToken):
         if ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(ranks.device).total_memory
             config = dataclasses.replace(language.config, codes=self.vqgan.config.num_embeddings)
-            print(check_memory(config, ranks.count, memory, args.shard))
+            forecast = check_memory(config, ranks.count, memory, args.shard)
+            if ranks.is_first:
+                print(forecast)
         side = self.vqgan.config.resolution
         self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
         self.codes = encode(self.source, self.vqgan, side, args.out / "codes", ranks, args.skip_bad)
@@ -215,11 +223,8 @@ class Stage1(NextToken):
             language, self.vqgan.config.num_embeddings, visual_experts=not args.without_experts,
             route_output=args.route_output, ahead=args.ahead,
             codebook=self.vqgan.quantize.embedding.weight if preset.codebook_start else None,
-            generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
+            generator=torch.Generator().manual_seed(args.seed))
         self.model.freeze_language()
-        for parameter in self.model.parameters():                # what trains does so in float32
-            if parameter.requires_grad or args.precision == "fp32":
-                parameter.data = parameter.data.float()
         self.spread()
         self.painter = Painter(self.model, self.vqgan, self.tokenizer, side)
 
@@ -410,7 +415,7 @@ def train(args, preset: Preset) -> None:
             optimizer.zero_grad()
             logs, tokens, names = stage.backward(step, random.Random(f"{args.seed}/{args.stage}/{step}"))
             if not math.isfinite(logs["loss"]):
-                stop_for_bad_loss(logs["loss"], step, names, out, ranks)
+                stop_for_bad_loss(logs["loss"], step, names(), out, ranks)
             nn.utils.clip_grad_norm_([p for p in stage.trained.parameters() if p.requires_grad], recipe.clip)
             optimizer.step()
             if step == 0 and stage.uniform:

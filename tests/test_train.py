@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, c
     backward = train.TextStage.backward
     def broken(self, step, rng):
         logs, tokens, names = backward(self, step, rng)
-        return {"loss": math.nan if step == 3 else logs["loss"]}, tokens, names * 3
+        return {"loss": math.nan if step == 3 else logs["loss"]}, tokens, lambda: names() * 3
     monkeypatch.setattr(train.TextStage, "backward", broken)
     message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path, "--save-every", 2], capsys)
     assert "the loss is nan at step 3; the last good checkpoint is " in message and "checkpoint-000002.pt" in message
