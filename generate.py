@@ -24,8 +24,8 @@ TINY = Path(__file__).parent / "weights" / "tiny"
 @dataclass(frozen=True)
 class Sampling:
     """Not in the paper, which gives no sampling settings: how tokens are drawn."""
-    cfg: float = 1.5              # guidance scale; 1: no guidance
-    temperature: float = 0.85     # 0: always the likeliest token
+    cfg: float = 1.3              # guidance scale; 1: no guidance
+    temperature: float = 0.7      # 0: always the likeliest token
     top_k: int = 50               # draw among the k likeliest tokens; 0: among all
     top_p: float = 0.9            # draw among the likeliest tokens that hold this share of probability; 1: among all
 
