@@ -75,8 +75,8 @@ def training_step(args, config: MARSConfig) -> list[dict]:
             loss(tokens, is_target).backward()
             optimizer.step()
         found = take_turns({name: lambda name=name: step(name) for name in steps}, device, args.rounds)
-        rows.append(row(f"training step, {share:.0%} text", found["routed"], "dense model of the same width, all weights "
-                        "train", found["dense"]))
+        rows.append(row(f"training step, {share:.0%} text", found["routed"], "dense, same width, all weights train",
+                        found["dense"]))
     return rows
 
 

@@ -346,7 +346,8 @@ SHARD = 4096                          # pictures in one file of codes
 
 
 @torch.no_grad()
-def encode(source, vqgan, side: int, out: Path, ranks: Ranks = Ranks(), skip_bad: bool = False, batch: int = 64) -> Codes:
+def encode(source, vqgan, side: int, out: Path, ranks: Ranks = Ranks(), skip_bad: bool = False,
+           batch: int = 64) -> Codes:
     """Sec. 3.3: every picture of the source as codes (h, w), in shards under `out`; ranks take turns at the shards.
 
     What is there already stays, unless it is of another source, size or codec. skip_bad: pictures that cannot be
@@ -473,7 +474,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument("--data", required=True, help='a folder with metadata.jsonl or *.tar, or "world"')
     encoder.add_argument("--out", type=Path, required=True, help="the folder to write; run again, it goes on")
     encoder.add_argument("--pictures", type=int, default=60_000, help="how many, of the rendered world")
-    encoder.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
+    encoder.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, listed")
     viewer = commands.add_parser("inspect", help="a grid of decoded pictures, and their captions")
     viewer.add_argument("codes", type=Path, metavar="CODES")
     viewer.add_argument("--num", type=int, default=16, help="how many")

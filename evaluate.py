@@ -56,7 +56,8 @@ def accuracy(images, texts: list[str]) -> dict[str, float]:
     return {key: sum(marks) / len(marks) for key, marks in said.items() if marks}
 
 
-def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None, best_of: int = 1) -> list[dict]:
+def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None,
+            best_of: int = 1) -> list[dict]:
     """Draws n prompts of each split and checks the pictures -> rows by split, language and attribute."""
     rows, task = [], "drawing" if best_of == 1 else f"best of {best_of}"
     for name, split in SPLITS.items():

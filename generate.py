@@ -284,8 +284,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.prompt) == bool(args.caption):
         parser.error("expected a prompt or --caption IMAGE, one of the two")
-    for name, low, high in (("num", 1, 1024), ("best_of", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100), ("top_k", 0, 10**9),
-                            ("top_p", 1e-6, 1)):
+    for name, low, high in (("num", 1, 1024), ("best_of", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100),
+                            ("top_k", 0, 10**9), ("top_p", 1e-6, 1)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
     return args

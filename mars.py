@@ -285,7 +285,7 @@ class MARS(nn.Module):
         return load_folder(directory, cls, MARSConfig, device)
 
     def save_pretrained(self, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes `config.json` and `model.safetensors`, beside and renamed. state: gathered from ranks, else its own."""
+        """Writes `config.json` and `model.safetensors`, beside and renamed. state: gathered, where ranks share it."""
         save_folder(directory, self, state)
 
 
@@ -293,9 +293,9 @@ def look_alike(codebook: Tensor, rows: int, width: int, generator: torch.Generat
     """Not in the paper: (rows, width) of variance 1, in which codes that look alike lie close together.
 
     Rows that start equal have to be told apart one by one; so started, what is learned of one red code holds for all
-    red ones, and a small model learns colours in 600 steps, not 4,000. A code's place is its entry of the codebook
-    (codes, d) by principal components, the large ones held down to the square root of their spread (or colour drowns
-    texture), turned to `width` numbers at random. Special tokens and padding lie anywhere.
+    red ones, and a small model binds colours in hundreds of steps, not thousands. A code's place is its entry of the
+    codebook (codes, d) by principal components, the large ones held down to the square root of their spread (or
+    colour drowns texture), turned to `width` numbers at random. Special tokens and padding lie anywhere.
     """
     components, spread, _ = torch.linalg.svd(codebook.float().cpu() - codebook.float().cpu().mean(0),
                                              full_matrices=False)

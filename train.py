@@ -492,7 +492,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ahead", type=int, default=1, metavar="K", help="Eq. 2: codes predicted a forward pass")
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
-    parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; 0: none; default: the preset's")
+    parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")

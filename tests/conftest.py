@@ -23,7 +23,8 @@ def language() -> MARS:
 def mars(language) -> MARS:
     """A MARS grown out of `language`, whose visual side has then moved away from its copies: 16 codes."""
     generator = torch.Generator().manual_seed(1)
-    model = MARS.from_language_model(language, codes=16, codebook=torch.randn(16, 8, generator=generator), generator=generator)
+    codebook = torch.randn(16, 8, generator=generator)
+    model = MARS.from_language_model(language, codes=16, codebook=codebook, generator=generator)
     model.freeze_language()
     with torch.no_grad():
         for parameter in model.parameters():

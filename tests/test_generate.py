@@ -64,10 +64,10 @@ def test_prefill_gives_the_last_hidden_state_of_each_prompt(mars):
 def test_temperature_zero_takes_the_likeliest_and_top_k_and_top_p_cut_the_tail():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(2000, 1)
     assert set(draw(logits, GREEDY, None).tolist()) == {1}
-    assert set(draw(logits, Sampling(top_k=2, top_p=1.0), seeded()).tolist()) == {1, 3}
+    assert set(draw(logits, Sampling(temperature=1.0, top_k=2, top_p=1.0), seeded()).tolist()) == {1, 3}
     # probabilities 0.032, 0.644, 0.087, 0.237: a share of 0.7 is reached with the second
-    assert set(draw(logits, Sampling(top_k=0, top_p=0.7), seeded()).tolist()) == {1, 3}
-    assert set(draw(logits, Sampling(top_k=0, top_p=1.0), seeded()).tolist()) == {0, 1, 2, 3}
+    assert set(draw(logits, Sampling(temperature=1.0, top_k=0, top_p=0.7), seeded()).tolist()) == {1, 3}
+    assert set(draw(logits, Sampling(temperature=1.0, top_k=0, top_p=1.0), seeded()).tolist()) == {0, 1, 2, 3}
 
 
 def test_without_cuts_tokens_are_drawn_from_the_softmax():

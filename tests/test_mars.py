@@ -201,10 +201,27 @@ def test_chunked_loss_has_the_gradients_of_the_whole_one_and_never_the_whole_log
     torch.testing.assert_close(found, (hidden.grad, weight.grad))
 
 
+def test_codes_that_look_alike_start_alike_in_both_visual_tables():
+    generator = torch.Generator().manual_seed(0)
+    language = MARS(MARSConfig(width=64, heads=4, kv_heads=4, ffn_width=176, layers=1, context=8, text_vocab=50))
+    language.initialise(generator)
+    kinds = torch.randn(4, 8, generator=generator)
+    codebook = kinds.repeat_interleave(10, 0) + 0.1 * torch.randn(40, 8, generator=generator)     # four kinds of ten
+    mars = MARS.from_language_model(language, codes=40, codebook=codebook, generator=generator)
+    for table, text in ((mars.visual_embedding, mars.text_embedding), (mars.vision_head, mars.text_head)):
+        rows = table.weight[:40] - text.weight.mean(0)
+        likeness = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
+        same = torch.arange(40)[:, None] // 10 == torch.arange(40) // 10
+        assert likeness[same].mean() > 0.6 and likeness[~same].mean() < 0.1
+        assert table.weight.std() < 1.5 * text.weight.std()
+
+
 def test_first_loss_of_an_untrained_model_is_near_ln_v():
     config = MARSConfig(width=64, heads=4, kv_heads=4, ffn_width=176, layers=2, context=128, text_vocab=500)
     language = MARS(config).initialise(torch.Generator().manual_seed(0))
-    mars = MARS.from_language_model(language, codes=1024, codebook=torch.randn(1024, 8), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(1024, 8, generator=generator)
+    mars = MARS.from_language_model(language, codes=1024, codebook=codebook, generator=generator)
     tokens = torch.randint(500, 1524, (8, 64), generator=torch.Generator().manual_seed(0))
     loss = mars.loss(tokens, torch.ones_like(tokens).bool()).item()
     assert abs(loss - math.log(mars.vocabulary.size)) < 0.5

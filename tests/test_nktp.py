@@ -15,8 +15,8 @@ def grow(ahead, codes=4, stirred=1.0):
     """A small MARS with K heads whose weights have moved."""
     generator = torch.Generator().manual_seed(0)
     language = MARS(LANGUAGE).initialise(generator)
-    model = MARS.from_language_model(language, codes=codes, ahead=ahead, codebook=torch.randn(codes, 3, generator=generator),
-                                     generator=generator)
+    codebook = torch.randn(codes, 3, generator=generator)
+    model = MARS.from_language_model(language, codes=codes, ahead=ahead, codebook=codebook, generator=generator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_visual(name):
@@ -41,7 +41,8 @@ def test_k_equals_1_is_next_token_prediction_to_the_last_bit():
     tokens, is_target = sequences(model)
     hidden = model.hidden(tokens)[:, :-1][is_target[:, 1:]]
     ids = tokens[:, 1:][is_target[:, 1:]]
-    assert torch.equal(model.loss(tokens, is_target), F.cross_entropy(model.logits(hidden), ids, reduction="sum") / len(ids))
+    expected = F.cross_entropy(model.logits(hidden), ids, reduction="sum") / len(ids)
+    assert torch.equal(model.loss(tokens, is_target), expected)
     assert not [name for name, _ in model.named_parameters() if "ahead" in name]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import data
 import generate
 import plot
 import train
@@ -151,8 +152,8 @@ def test_a_folder_of_ones_own_photographs_trains_and_eight_of_them_are_over_fitt
     codec = lines(tmp_path / "vqgan")
     assert codec[-1]["psnr"] > 20, codec[-1]
     painter = Painter.from_pretrained(tmp_path / "mars")
-    source = train.Folder(tmp_path / "photos")
-    truth = torch.stack([generate.to_pixels(train.fit(source.image(i), 96, 96)) for i in range(8)])
+    source = data.Folder(tmp_path / "photos")
+    truth = torch.stack([generate.to_pixels(data.fit(source.image(i), 96, 96)) for i in range(8)])
     codes = painter.vqgan.encode(truth)
     captions = [painter.encode_prompt(text) for text in words]
     drawn = generate.draw_codes(painter.model, captions, 6, 6, Sampling(cfg=1.0, temperature=0.0))
