@@ -61,6 +61,7 @@ class Preset:
     pictures: int                 # how many pictures of the rendered world there are
     things: int | None = None     # how many things a picture of the rendered world shows, None: one to three
     row: int = 192                # tokens in a row of pre-training text
+    documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
@@ -163,7 +164,7 @@ class TextStage(NextToken):
         else:
             self.document = lambda rng: source.caption(rng.randrange(len(source)), rng) or ""
         rng = random.Random(f"{args.seed}/tokenizer")
-        self.tokenizer = Tokenizer.train([self.document(rng) for _ in range(20_000)], preset.language.text_vocab)
+        self.tokenizer = Tokenizer.train([self.document(rng) for _ in range(preset.documents)], preset.language.text_vocab)
         self.config = dataclasses.replace(preset.language, text_vocab=len(self.tokenizer))
         self.model = MARS(self.config).initialise(torch.Generator().manual_seed(args.seed))
         self.spread()

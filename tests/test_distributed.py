@@ -58,6 +58,7 @@ def one(tmp_path_factory):
     run("text", "--preset", "test", "--out", path / "text", "--steps", 2)
     common = ["stage1", "--preset", "test", "--vqgan", path / "vqgan", "--language", path / "text", "--save-every", 3]
     run(*common, "--out", path / "mars")
+    run(*common, "--out", path / "start", "--steps", 1, "--lr", 1e-12)
     return common, path / "mars"
 
 
@@ -71,9 +72,11 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_their_checkpoint_i
         losses = [[row["loss"] for row in lines(path)] for path in (tmp_path / "two", expected)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         left, right = (load_file(path / "model.safetensors") for path in (tmp_path / "two", expected))
+        start = load_file(expected.parent / "start" / "model.safetensors")
         assert left.keys() == right.keys()
-        for name in left:
-            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4, msg=name)
+        # AdamW turns a gradient that is only rounding into a whole step: so all weights together, not one by one
+        far = lambda a, b: sum((a[name] - b[name]).square().sum() for name in a) ** 0.5
+        assert far(left, right) < 0.02 * far(start, right), (far(left, right), far(start, right))
     compare()
     (tmp_path / "two" / "model.safetensors").unlink()
     (tmp_path / "two" / "checkpoint-000006.pt").unlink()
