@@ -145,7 +145,7 @@ def photographs(path):
 def test_a_folder_of_ones_own_photographs_trains_and_eight_of_them_are_over_fitted(tmp_path):
     words = photographs(tmp_path / "photos")
     common = ["--preset", "test", "--data", tmp_path / "photos", "--sample-every", 1000]
-    run("vqgan", *common, "--out", tmp_path / "vqgan", "--steps", 150, "--lr", 3e-3)
+    run("vqgan", *common, "--out", tmp_path / "vqgan", "--steps", 200, "--lr", 3e-3)
     run("text", *common, "--out", tmp_path / "text", "--steps", 60, "--lr", 1e-2)
     run("stage1", *common, "--out", tmp_path / "mars", "--steps", 300, "--lr", 5e-3, "--caption-share", 0.4,
         "--vqgan", tmp_path / "vqgan", "--language", tmp_path / "text")
