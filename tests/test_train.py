@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,3 +262,12 @@ def test_the_forecast_says_what_to_pass_where_ddp_does_not_fit():
     assert "--shard on 8 GPUs" in train.check_memory(config, 8, 80 * 10 ** 9, shard=True)
     with pytest.raises(ValueError, match="expected at least 2 GPUs with --shard"):
         train.check_memory(config, 1, 80 * 10 ** 9, shard=True)
+
+
+def test_the_readmes_memory_table_is_the_forecast():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name, cells in (("qwen2.5-0.5b", "0.49 + 0.35 billion | 6.6 GB"), ("qwen-7b", "7.72 + 6.01 billion | 111.5 GB")):
+        frozen, trained = train.count_parameters(train.SIZES[name])
+        assert f"{frozen / 1e9:.2f} + {trained / 1e9:.2f} billion | {(2 * frozen + 16 * trained) / 1e9:.1f} GB" == cells
+        assert cells in readme
+    assert "takes 15.9 GB of each" in train.check_memory(train.SIZES["qwen-7b"], 8, 80 * 10 ** 9, shard=True)
