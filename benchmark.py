@@ -23,7 +23,8 @@ from distributed import Ranks, Spread
 from generate import TINY, Sampling, check_device, draw_codes
 from mars import LOGITS, MARS, MARSConfig, cross_entropy_in_chunks
 from tokenizer import load_tokenizer
-from train import Recipe, make_optimizer
+from stages import Recipe
+from train import make_optimizer
 from vqgan import VQGAN
 
 

@@ -28,12 +28,12 @@ test_train.train.main()
 # the first process, before it is started again, dies in the middle of its fourth step
 DYING = """
 import os, signal
-backward = test_train.train.TextStage.backward
+backward = test_train.stages.TextStage.backward
 def dying(self, step, rng):
     if step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(self, step, rng)
-test_train.train.TextStage.backward = dying
+test_train.stages.TextStage.backward = dying
 """
 
 

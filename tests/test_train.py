@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 import data
 import generate
 import plot
+import stages
 import train
 from generate import Painter, Sampling
 from mars import MARS, is_visual
@@ -212,11 +213,11 @@ def test_a_broken_picture_is_named_while_the_folder_is_encoded(tmp_path, capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, capsys, monkeypatch):
-    backward = train.TextStage.backward
+    backward = stages.TextStage.backward
     def broken(self, step, rng):
         logs, tokens, names = backward(self, step, rng)
         return {"loss": math.nan if step == 3 else logs["loss"]}, tokens, lambda: names() * 3
-    monkeypatch.setattr(train.TextStage, "backward", broken)
+    monkeypatch.setattr(stages.TextStage, "backward", broken)
     message = refused(train.main, ["text", "--preset", "test", "--out", tmp_path, "--save-every", 2], capsys)
     assert "the loss is nan at step 3; the last good checkpoint is " in message and "checkpoint-000002.pt" in message
     assert "and 8 more, all in" in message and len((tmp_path / "bad-batch.txt").read_text().splitlines()) == 12
@@ -239,35 +240,35 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypa
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, capsys, monkeypatch, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("text", "--preset", "test", "--out", whole)
-    backward = train.TextStage.backward
+    backward = stages.TextStage.backward
     def interrupted(self, step, rng):
         if step == 2:
             os.kill(os.getpid(), number)
         return backward(self, step, rng)
-    monkeypatch.setattr(train.TextStage, "backward", interrupted)
+    monkeypatch.setattr(stages.TextStage, "backward", interrupted)
     with pytest.raises(SystemExit) as stop:
         run("text", "--preset", "test", "--out", parts)
     assert stop.value.code == 128 + number
     assert "stopped after step 3 and saved" in capsys.readouterr().err
-    monkeypatch.setattr(train.TextStage, "backward", backward)
+    monkeypatch.setattr(stages.TextStage, "backward", backward)
     run("text", "--preset", "test", "--out", parts, "--resume")
     assert weights(parts) == weights(whole)
 
 
 def test_the_forecast_says_what_to_pass_where_ddp_does_not_fit():
     config = train.SIZES["qwen-7b"]
-    assert "DDP on 8 GPUs" in train.check_memory(config, 8, 180 * 10 ** 9, shard=False)
+    assert "DDP on 8 GPUs" in stages.check_memory(config, 8, 180 * 10 ** 9, shard=False)
     with pytest.raises(ValueError, match=r"DDP on 8 GPUs of 80 GB takes 1\d\d.\d GB of each; pass --shard, which takes"):
-        train.check_memory(config, 8, 80 * 10 ** 9, shard=False)
-    assert "--shard on 8 GPUs" in train.check_memory(config, 8, 80 * 10 ** 9, shard=True)
+        stages.check_memory(config, 8, 80 * 10 ** 9, shard=False)
+    assert "--shard on 8 GPUs" in stages.check_memory(config, 8, 80 * 10 ** 9, shard=True)
     with pytest.raises(ValueError, match="expected at least 2 GPUs with --shard"):
-        train.check_memory(config, 1, 80 * 10 ** 9, shard=True)
+        stages.check_memory(config, 1, 80 * 10 ** 9, shard=True)
 
 
 def test_the_readmes_memory_table_is_the_forecast():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for name, cells in (("qwen2.5-0.5b", "0.49 + 0.35 billion | 6.6 GB"), ("qwen-7b", "7.72 + 6.01 billion | 111.5 GB")):
-        frozen, trained = train.count_parameters(train.SIZES[name])
+        frozen, trained = stages.count_parameters(train.SIZES[name])
         assert f"{frozen / 1e9:.2f} + {trained / 1e9:.2f} billion | {(2 * frozen + 16 * trained) / 1e9:.1f} GB" == cells
         assert cells in readme
-    assert "takes 15.9 GB of each" in train.check_memory(train.SIZES["qwen-7b"], 8, 80 * 10 ** 9, shard=True)
+    assert "takes 15.9 GB of each" in stages.check_memory(train.SIZES["qwen-7b"], 8, 80 * 10 ** 9, shard=True)

@@ -1,0 +1,277 @@
+"""What each stage of training is made of: its data, its model, what it shows (paper Sec. 3.3 and 3.4).
+
+A stage gives the loop in train.py `trained` (a module), `backward` (a step's gradients), `sample` (something to look
+at) and `save`. Shapes: B batch, T tokens.
+"""
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import corpus
+import world
+from checkpoint import write_beside
+from data import (World, collate, encode, fit, grid, open_source, save_image, stage1_rows, text_rows, to_image,
+                  to_pixels)
+from distributed import Spread, whole_state
+from evaluate import accuracy, look_up
+from generate import Painter
+from mars import MARS, MARSConfig, count_parameters
+from tokenizer import Tokenizer, load_tokenizer
+from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sec. 4.1: how one stage is optimised."""
+    steps: int
+    batch: int                    # pictures, captions or rows of text a step, over all GPUs
+    lr: float                     # peak learning rate: 1e-4 in the paper, more for small models
+    weight_decay: float = 0.1     # of matrices; biases, norms and codebooks have none
+    warmup: float = 0.01          # share of the steps over which the learning rate rises
+    clip: float = 1.0             # largest norm of the gradient
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Not in the paper: everything that a size of MARS needs to be trained from nothing on the rendered world."""
+    language: MARSConfig          # the small language model; its text_vocab is the most that the tokenizer may learn
+    codec: VQGANConfig
+    codec_training: VQGANTraining
+    recipes: dict[str, Recipe]    # by stage
+    pictures: int                 # how many pictures of the rendered world there are
+    things: int | None = None     # how many things a picture of the rendered world shows, None: one to three
+    row: int = 192                # tokens in a row of pre-training text
+    documents: int = 20_000       # texts that the tokenizer learns its tokens from
+    caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
+    curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
+    codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
+
+
+# ----------------------------------------------------------------------------- the stages
+
+class VQGANStage:
+    """Sec. 3.3, Tokenization: trains the codec on pictures alone, in one process."""
+
+    def __init__(self, args, preset: Preset):
+        if args.ranks.count > 1 or args.shard:
+            raise ValueError("the codec trains in one process: start this stage with python, without --shard")
+        self.args, self.recipe = args, args.recipe
+        self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
+        self.model = VQGAN(preset.codec).to(args.ranks.device)
+        if preset.codec.patches and not args.resume:
+            n = min(20_000, len(self.source))
+            self.model.initialise(self.pixels(range(i, min(i + 100, n))) for i in range(0, n, 100))
+        self.criterion = VQGANLoss(preset.codec, preset.codec_training).to(args.ranks.device)
+        self.trained = nn.ModuleDict({"vqgan": self.model, "criterion": self.criterion})
+        self.uniform = None
+
+    def pixels(self, indices):
+        """(B, 3, H, W) in [0, 1]."""
+        side = self.model.config.resolution
+        images = [fit(self.source.image(i), side, side) for i in indices]
+        return torch.stack([to_pixels(image) for image in images]).to(self.args.ranks.device)
+
+    def backward(self, step: int, rng: random.Random):
+        """Adds the gradients of a step -> log entries, tokens seen, a function that names the pictures."""
+        indices = [rng.randrange(len(self.source)) for _ in range(self.recipe.batch)]
+        pixels = self.pixels(indices)
+        loss, logs = self.criterion(self.model, pixels, step)
+        loss.backward()
+        tokens = len(pixels) * (pixels.shape[-1] // self.model.factor) ** 2
+        return logs, tokens, lambda: [self.source.title(i) for i in indices]
+
+    def sample(self, path: Path) -> dict:
+        """Writes a grid: eight pictures above their reconstructions."""
+        pixels = self.pixels(range(min(8, len(self.source))))
+        with torch.no_grad():
+            shown = [*pixels, *self.model.decode(self.model.encode(pixels))]
+        save_image(grid([to_image(p) for p in shown], columns=len(pixels)), path.with_suffix(".png"))
+        return {}
+
+    def save(self, directory: Path) -> None:
+        """Writes the codec."""
+        self.model.save_pretrained(directory)
+
+
+class NextToken:
+    """Eq. 1 over a step's rows, spread over ranks and, with --micro-batch, over several passes of each.
+
+    A stage says what the rows are, how some of them become tokens, and what they are called.
+    """
+
+    def spread(self) -> None:
+        """Puts the model on its ranks."""
+        args = self.args
+        if not args.shard:                                       # else block by block, see Spread
+            self.model.to(args.ranks.device)
+            for parameter in self.model.parameters():            # what trains does so in float32
+                if parameter.requires_grad or args.precision == "fp32":
+                    parameter.data = parameter.data.float()
+        self.loss = Spread(self.model, args.ranks, args.shard, args.precision == "bf16")
+        self.trained, self.uniform = self.model, self.model.vocabulary.size
+        self.model.checkpoint_activations = args.checkpoint_activations
+
+    def backward(self, step: int, rng: random.Random):
+        """Adds the gradients of a step -> log entries, tokens seen, a function that names what was in it."""
+        ranks = self.args.ranks
+        rows = self.rows(step, rng)
+        mine = ranks.share(rows)
+        size = self.args.micro_batch or len(mine)
+        parts = [self.tensors(mine[i:i + size]) for i in range(0, len(mine), size)]
+        targets = [int(is_target[:, 1:].sum()) for _, is_target in parts]
+        total, loss = ranks.sum(sum(targets)), 0.0
+        for i, (tokens, is_target) in enumerate(parts):
+            with self.loss.gradients_meet(now=i == len(parts) - 1):
+                part = self.loss(tokens.to(ranks.device), is_target.to(ranks.device)) * (targets[i] / total)
+                (part * ranks.count).backward()                  # ranks average: times their number, that is a sum
+            loss += part.item()
+        tokens = ranks.sum(sum(tokens.numel() for tokens, _ in parts))
+        return {"loss": ranks.sum(loss)}, tokens, lambda: self.names(rows)
+
+    def state(self) -> dict:
+        """The whole model's tensors, gathered from all ranks."""
+        return whole_state(self.model)["model"]
+
+
+class TextStage(NextToken):
+    """Not in the paper, which loads Qwen-7B: pre-trains the small language model that stands in for it."""
+
+    def __init__(self, args, preset: Preset):
+        self.args, self.recipe, self.preset = args, args.recipe, preset
+        source = open_source(args.data, preset.pictures, args.seed, preset.things)
+        if isinstance(source, World):
+            self.document = lambda rng: corpus.document(rng, preset.things)
+        else:
+            self.document = lambda rng: source.caption(rng.randrange(len(source)), rng) or ""
+        rng = random.Random(f"{args.seed}/tokenizer")
+        self.tokenizer = Tokenizer.train([self.document(rng) for _ in range(preset.documents)], preset.language.text_vocab)
+        self.config = dataclasses.replace(preset.language, text_vocab=len(self.tokenizer))
+        self.model = MARS(self.config).initialise(torch.Generator().manual_seed(args.seed))
+        self.spread()
+
+    def rows(self, step: int, rng: random.Random) -> list[list[int]]:
+        """Rows of token ids."""
+        return text_rows(self.document, self.tokenizer, self.recipe.batch, self.preset.row, rng)
+
+    def tensors(self, rows):
+        """-> tokens (B, T), is_target (B, T)."""
+        tokens = torch.tensor(rows)
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    def names(self, rows) -> list[str]:
+        """The beginning of each row."""
+        return [repr(self.tokenizer.decode(row)[:60]) for row in rows]
+
+    def sample(self, path: Path) -> dict:
+        """Asks questions about scenes that no training text told; writes them with the answers."""
+        if self.args.data != "world":
+            return {}
+        share, lines = look_up(self.model, self.tokenizer, 60, self.args.seed + 1, self.preset.things)
+        if self.args.ranks.is_first:
+            write_beside(path.with_suffix(".txt"), lambda p: p.write_text("\n".join(lines) + "\n"))
+        return {"look_up": share}
+
+    def save(self, directory: Path) -> None:
+        """Writes the language model and its tokenizer."""
+        state = self.state()
+        if self.args.ranks.is_first:
+            self.model.save_pretrained(directory, state)
+            self.tokenizer.save_pretrained(directory)
+
+
+class Stage1(NextToken):
+    """Sec. 3.4, Stage I: text-to-image and captioning by next-token prediction; the language side is frozen."""
+
+    def __init__(self, args, preset: Preset):
+        self.args, self.recipe, self.preset = args, args.recipe, preset
+        ranks = args.ranks
+        self.vqgan = VQGAN.from_pretrained(args.vqgan, ranks.device)
+        self.tokenizer = load_tokenizer(args.language)
+        language = MARS.from_pretrained(args.language)
+        self.dtype = language.text_embedding.weight.dtype
+        if ranks.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(ranks.device).total_memory
+            config = dataclasses.replace(language.config, codes=self.vqgan.config.num_embeddings)
+            forecast = check_memory(config, ranks.count, memory, args.shard)
+            if ranks.is_first:
+                print(forecast)
+        side = self.vqgan.config.resolution
+        self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
+        self.codes = encode(self.source, self.vqgan, side, args.out / "codes", ranks, args.skip_bad)
+        whole = set(self.codes.whole)
+        self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
+        self.model = MARS.from_language_model(
+            language, self.vqgan.config.num_embeddings, visual_experts=not args.without_experts,
+            route_output=args.route_output, ahead=args.ahead,
+            codebook=self.vqgan.quantize.embedding.weight if preset.codebook_start else None,
+            generator=torch.Generator().manual_seed(args.seed))
+        self.model.freeze_language()
+        self.spread()
+        self.painter = Painter(self.model, self.vqgan, self.tokenizer, side)
+
+    def rows(self, step: int, rng: random.Random):
+        """Pictures, each with what it is used for."""
+        indices = self.simple if step < self.preset.curriculum * self.recipe.steps else self.all
+        share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
+        return stage1_rows(self.source, indices, self.recipe.batch, rng, share)
+
+    def tensors(self, rows):
+        """-> tokens (B, T), is_target (B, T)."""
+        vocabulary = self.model.vocabulary
+        return collate([row.sequence(self.codes[row.index], self.tokenizer, vocabulary) for row in rows],
+                       vocabulary.special("<pad>"))
+
+    def names(self, rows) -> list[str]:
+        """Of the pictures."""
+        return [self.source.title(row.index) for row in rows]
+
+    def sample(self, path: Path) -> dict:
+        """Draws a grid of pictures; on the rendered world also counts how many show what their caption says."""
+        rng, ranks, drawn_world = random.Random(self.args.seed + 1), self.args.ranks, self.args.data == "world"
+        if drawn_world:
+            scenes = [world.sample_scene(rng, "train", self.preset.things) for _ in range(64)]
+            texts = [world.caption(scene, rng, world.LANGUAGES[i % 2], rng.choice(world.DETAILS))
+                     for i, scene in enumerate(scenes)]
+        else:
+            texts = [self.source.caption(i, rng) for i in range(min(16, len(self.source)))]
+        texts = [text for text in texts if text]
+        if not texts:
+            return {}
+        texts += (texts * ranks.count)[:-len(texts) % ranks.count]                   # as many for each rank
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            images = ranks.together(self.painter.paint(ranks.share(texts), seed=self.args.seed))
+        if ranks.is_first:
+            save_image(grid(images[:16]), path.with_suffix(".png"))
+            write_beside(path.with_suffix(".txt"), lambda p: p.write_text("\n".join(texts[:16]) + "\n"))
+        return accuracy(images, texts) if drawn_world else {}
+
+    def save(self, directory: Path) -> None:
+        """Writes all that `generate.py` needs: the model, the tokenizer and, in vqgan/, the codec."""
+        state = self.state()
+        if self.args.ranks.is_first:
+            self.model.save_pretrained(directory, {name: tensor.to(self.dtype) for name, tensor in state.items()})
+            self.tokenizer.save_pretrained(directory)
+            self.vqgan.save_pretrained(directory / "vqgan")
+
+
+STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1}
+
+
+def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool) -> str:
+    """The forecast for one GPU, before activations. Raises ValueError, one line, where it is more than its `memory`.
+
+    Sharded, all weights are float32 and every GPU holds its part of them, of the gradients and of AdamW's moments.
+    """
+    frozen, trained = count_parameters(config)
+    ddp, sharded = 2 * frozen + 16 * trained, (4 * frozen + 16 * trained) / gpus
+    need, way = (sharded, "--shard") if shard else (ddp, "DDP")
+    line = f"forecast: {way} on {gpus} GPUs of {memory / 1e9:.0f} GB takes {need / 1e9:.1f} GB of each"
+    if need > memory and not shard and sharded < memory:
+        raise ValueError(f"{line}; pass --shard, which takes {sharded / 1e9:.1f} GB")
+    if need > memory:
+        raise ValueError(f"{line}; expected at least {-(-need * gpus // memory):.0f} GPUs with --shard")
+    return line
