@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import one_line_errors, write_json
-from data import Codes, World, collate, encode, stage1_rows
+from data import Codes, Encoding, World, collate, encode, stage1_rows
 from distributed import Ranks, Spread
 from generate import TINY, Sampling, check_device, draw_codes
 from mars import LOGITS, MARS, MARSConfig, cross_entropy_in_chunks
@@ -168,7 +168,7 @@ def data(args, config: MARSConfig) -> list[dict]:
         def encoding():
             for file in Path(folder).iterdir():
                 file.unlink()
-            encode(source, vqgan, vqgan.config.resolution, Path(folder), Ranks(device=args.device))
+            encode(source, vqgan, Encoding(vqgan.config.resolution), Path(folder), Ranks(device=args.device))
         found = take_turns({"encode": encoding}, args.device, 1)
         codes = Codes(folder)
 

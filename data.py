@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import random
 import tarfile
 from dataclasses import dataclass
@@ -45,25 +46,31 @@ def picture(codes: np.ndarray | Tensor, vocabulary: Vocabulary) -> list[int]:
     return [vocabulary.special("<img>"), *codes, vocabulary.special("</img>")]
 
 
-def prompt(caption: list[int] | None, vocabulary: Vocabulary) -> list[int]:
-    """What stands before a picture's first code. caption None: `<uncond>`, the dropped caption of guidance."""
-    return [*([vocabulary.special("<uncond>")] if caption is None else caption), vocabulary.special("<img>")]
+def size_text(height: int, width: int) -> str:
+    """Sec. 3.4, Stage II: the resolution in the caption, `{caption} {H}x{W}` in pixels; the format is ours."""
+    return f" {height}x{width}"
 
 
-def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary) -> Sequence:
+def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = ()) -> list[int]:
+    """What stands before a picture's first code. caption None: `<uncond>`, the dropped caption of guidance; size: ids
+    of `size_text`, from Stage II on."""
+    return [*([vocabulary.special("<uncond>")] if caption is None else caption), *size, vocabulary.special("<img>")]
+
+
+def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary, size: list[int] = ()) -> Sequence:
     """Sec. 3.4, Stage I: caption, picture. Targets: the picture, `<img>` and `</img>` included.
 
     A caption's own loss would move nothing but the vision head, as every other weight it meets is frozen.
     """
-    tokens = prompt(caption, vocabulary)
+    tokens = prompt(caption, vocabulary, size)
     start = len(tokens) - 1
     tokens = tokens[:start] + picture(codes, vocabulary)
     return Sequence(tokens, [False] * start + [True] * (len(tokens) - start))
 
 
-def captioning(caption: list[int], codes, vocabulary: Vocabulary, eos: int) -> Sequence:
-    """Sec. 3.4, Stage I: picture, caption. Targets: the caption and the end of text."""
-    shown = picture(codes, vocabulary)
+def captioning(caption: list[int], codes, vocabulary: Vocabulary, eos: int, size: list[int] = ()) -> Sequence:
+    """Sec. 3.4, Stage I: picture, caption. Targets: the caption and the end of text. size: as above, first of all."""
+    shown = [*size, *picture(codes, vocabulary)]
     return Sequence([*shown, *caption, eos], [False] * len(shown) + [True] * (len(caption) + 1))
 
 
@@ -105,6 +112,14 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
+def size_of(image: Image.Image, side: int, factor: int, most: float = 2.0) -> tuple[int, int]:
+    """Sec. 3.4, Stage II: (H, W) in pixels with the shorter side `side`, the longer one as the image has it, but at
+    most `most` times as long; rounded to multiples of the down-sampling factor."""
+    width, height = image.size
+    long = round(side * min(most, max(width, height) / min(width, height)) / factor) * factor
+    return (long, side) if height > width else (side, long)
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -117,8 +132,8 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def grid(images: list[Image.Image], columns: int = 8, gap: int = 2) -> Image.Image:
-    """Images of one size side by side, row after row, on white."""
-    width, height = images[0].size
+    """Images side by side, row after row, each at the top left of its place, on white."""
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -140,12 +155,15 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 class World:
     """The rendered world as a source: scene i is drawn from `seed` and i alone, so that none is ever stored.
 
-    things: how many things each scene shows, None for one to three.
+    things: how many things each scene shows, None for one to three; sizes: (rows, cols) in cells to choose from;
+    details: of captions, as often as each is named.
     """
 
-    def __init__(self, pictures: int, seed: int, things: int | None = None):
-        self.pictures, self.seed, self.things = pictures, seed, things
+    def __init__(self, pictures: int, seed: int, things: int | None = None, sizes=((6, 6),), details=world.DETAILS):
+        self.pictures, self.seed, self.things, self.sizes, self.details = pictures, seed, things, sizes, details
         self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}"
+        if sizes != ((6, 6),):
+            self.name += f", {' '.join(f'{rows}x{cols}' for rows, cols in sizes)} cells"
         self.scenes: dict[int, tuple[world.Scene, bool]] = {}
 
     def __len__(self) -> int:
@@ -154,7 +172,8 @@ class World:
     def scene(self, i: int) -> tuple[world.Scene, bool]:
         """Scene i, and whether it may carry a caption."""
         if i not in self.scenes:
-            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things)
+            size = random.Random(f"{self.seed}/{i}/size").choice(self.sizes)
+            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *size)
         return self.scenes[i]
 
     def simple(self) -> list[int]:
@@ -176,17 +195,21 @@ class World:
         return [world.caption(scene, rng, language, detail) for language in world.LANGUAGES
                 for detail in world.DETAILS] if captioned else []
 
+    def scores(self, i: int) -> dict[str, float]:
+        """What filters may ask of picture i: nothing."""
+        return {}
+
     def caption(self, i: int, rng: random.Random) -> str | None:
         """One of picture i's captions, English or Chinese, coarse or fine; None where a pair is held out."""
         scene, captioned = self.scene(i)
         if captioned:
-            return world.caption(scene, rng, rng.choice(world.LANGUAGES), rng.choice(world.DETAILS))
+            return world.caption(scene, rng, rng.choice(world.LANGUAGES), rng.choice(self.details))
 
 
 class Listed:
-    """What sources with a list of captions have in common: `records` of (title, texts)."""
+    """What sources with a list of captions have in common: `records` of (title, texts), or (title, texts, scores)."""
 
-    def __init__(self, name: str, records: list[tuple[str, list[str]]]):
+    def __init__(self, name: str, records: list[tuple]):
         self.name, self.records = name, records
 
     def __len__(self) -> int:
@@ -204,6 +227,10 @@ class Listed:
         """All captions of picture i."""
         return self.records[i][1]
 
+    def scores(self, i: int) -> dict[str, float]:
+        """The numbers that the manifest has on picture i, such as clip_score."""
+        return self.records[i][2]
+
     def caption(self, i: int, rng: random.Random) -> str | None:
         """One of picture i's captions, None where it has none."""
         texts = self.captions(i)
@@ -214,7 +241,7 @@ class Folder(Listed):
     """A folder of images with `metadata.jsonl` (the imagefolder convention) as a source.
 
     A line is {"file_name": "cat.jpg", "text": "a cat"}; text may also be a list to draw from, or "" for a picture
-    without a caption. Raises ValueError, one line with file and line number, for anything else.
+    without a caption; "clip_score" and "aesthetic" may be there for Filters. Raises ValueError, one line with file and line number, for anything else.
     """
 
     def __init__(self, directory: str | Path):
@@ -229,7 +256,7 @@ class Folder(Listed):
         if not self.records:
             raise ValueError(f"{manifest}: no picture is listed")
 
-    def _record(self, line: str, where: str) -> tuple[Path, list[str]]:
+    def _record(self, line: str, where: str) -> tuple[Path, list[str], dict[str, float]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -243,7 +270,11 @@ class Folder(Listed):
         path = self.directory / record["file_name"]
         if not path.is_file():
             raise ValueError(f"{where}: {path}: no such image")
-        return path, [text for text in texts if text.strip()]
+        scores = {name: record[name] for name in ("clip_score", "aesthetic") if name in record}
+        for name, score in scores.items():
+            if not isinstance(score, (int, float)):
+                raise ValueError(f'{where}: "{name}" is {score!r}, expected a number')
+        return path, [text for text in texts if text.strip()], scores
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
@@ -277,20 +308,19 @@ class Tars(Listed):
                 if "place" in sample:
                     *place, name = sample["place"]
                     self.places.append(tuple(place))
-                    records.append((f"{path}, {name}", self._texts(sample, f"{path}, {key}")))
+                    records.append((f"{path}, {name}", *self._about(sample, f"{path}, {key}")))
         if not records:
             raise ValueError(f"{directory}: no tar in it holds a picture")
         super().__init__(f"tars {Path(directory).resolve()}", records)
 
-    def _texts(self, sample: dict, where: str) -> list[str]:
-        text = sample.get("txt", "")
-        if not text and "json" in sample:
-            try:
-                content = json.loads(sample["json"])
-                text = content.get("caption") or content.get("text") or ""
-            except (json.JSONDecodeError, AttributeError):
-                raise ValueError(f"{where}.json: not a JSON object") from None
-        return [text.strip()] if text.strip() else []
+    def _about(self, sample: dict, where: str) -> tuple[list[str], dict[str, float]]:
+        try:
+            content = json.loads(sample.get("json", "{}"))
+            text = sample.get("txt") or content.get("caption") or content.get("text") or ""
+        except (json.JSONDecodeError, AttributeError):
+            raise ValueError(f"{where}.json: not a JSON object") from None
+        scores = {name: float(content[name]) for name in ("clip_score", "aesthetic") if name in content}
+        return [text.strip()] if text.strip() else [], scores
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
@@ -309,32 +339,44 @@ class Codes(Listed):
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.label = read_json(self.directory / "codes.json")
-        records, self.shards = [], []
+        records, self.shards, self.places = [], [], []                    # places: (shard, start, h, w)
         for first in range(0, self.label["pictures"], SHARD):
-            stem = self.directory / f"{first:09d}"
+            stem, start = self.directory / f"{first:09d}", 0
             try:
                 self.shards.append(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
-                lines = stem.with_suffix(".jsonl").read_text().splitlines()
-                records += [(line["file_name"], line["text"]) for line in map(json.loads, lines)]
+                for line in map(json.loads, stem.with_suffix(".jsonl").read_text().splitlines()):
+                    records.append((line["file_name"], line["text"]))
+                    self.places.append((len(self.shards) - 1, start, *line["codes"]))
+                    start += line["codes"][0] * line["codes"][1]
+                if start != len(self.shards[-1]):
+                    raise ValueError
             except (OSError, ValueError, KeyError):
                 raise ValueError(f"{stem}: this shard is not whole; run `python data.py encode` again") from None
         super().__init__(f"codes {self.directory.resolve()}", records)
-        bad = {i for i, _ in self.label["skipped"]}
-        self.whole = [i for i in range(len(self)) if i not in bad]       # pictures that could be read
+        left_out = {i for i, _ in self.label["left_out"]}
+        self.whole = [i for i in range(len(self)) if i not in left_out]
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Codes (h, w) of picture i."""
-        return self.shards[i // SHARD][i % SHARD]
+        shard, start, h, w = self.places[i]
+        return self.shards[shard][start:start + h * w].reshape(h, w)
+
+    def buckets(self, indices: list[int]) -> dict[tuple[int, int], list[int]]:
+        """The pictures among `indices` by their (h, w)."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for i in indices:
+            found.setdefault(self.places[i][2:], []).append(i)
+        return found
 
     def image(self, i: int):
         """There is none any more. Raises ValueError."""
         raise ValueError(f"{self.directory}: holds codes, not pictures; expected --data with pictures for this")
 
 
-def open_source(data: str, pictures: int, seed: int, things: int | None = None) -> World | Folder | Tars | Codes:
-    """`--data`: "world" for the rendered world, else a folder: encoded, of tars, or of images."""
+def open_source(data: str, pictures: int, seed: int, **settings) -> World | Folder | Tars | Codes:
+    """`--data`: "world" for the rendered world (settings: its own), else a folder: encoded, of tars, or of images."""
     if data == "world":
-        return World(pictures, seed, things)
+        return World(pictures, seed, **settings)
     if (Path(data) / "codes.json").is_file():
         return Codes(data)
     return Tars(data) if any(Path(data).glob("*.tar")) else Folder(data)
@@ -345,63 +387,111 @@ def open_source(data: str, pictures: int, seed: int, things: int | None = None) 
 SHARD = 4096                          # pictures in one file of codes
 
 
+@dataclass(frozen=True)
+class Filters:
+    """Sec. 3.5: which pictures of a folder are good enough to train on; the paper gives no thresholds for some."""
+    min_side: int = 0             # shorter side in pixels
+    max_ratio: float = math.inf   # longer side to shorter side
+    min_clip_score: float = -math.inf     # of the manifest's "clip_score"
+    min_aesthetic: float = -math.inf      # of the manifest's "aesthetic"
+
+    def reason(self, image: Image.Image, scores: dict[str, float]) -> str | None:
+        """Why a picture is left out, None where it stays. A score that the manifest lacks is not held against it."""
+        if min(image.size) < self.min_side:
+            return "side"
+        if max(image.size) > self.max_ratio * min(image.size):
+            return "ratio"
+        for name, least in (("clip_score", self.min_clip_score), ("aesthetic", self.min_aesthetic)):
+            if scores.get(name, math.inf) < least:
+                return name
+
+
 @torch.no_grad()
-def encode(source, vqgan, side: int, out: Path, ranks: Ranks = Ranks(), skip_bad: bool = False,
-           batch: int = 64) -> Codes:
+def encode_each(vqgan, pictures: list[Tensor]) -> list[Tensor]:
+    """Sec. 3.3: pixels (3, H, W) of any sizes -> codes (h, w) each, on the CPU; pictures of a size share a batch."""
+    device, codes = next(vqgan.parameters()).device, [None] * len(pictures)
+    for shape in dict.fromkeys(pixels.shape for pixels in pictures):
+        rows = [i for i, pixels in enumerate(pictures) if pixels.shape == shape]
+        for i, found in zip(rows, vqgan.encode(torch.stack([pictures[i] for i in rows]).to(device)).cpu()):
+            codes[i] = found
+    return codes
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures become codes: at one square size, or from Stage II on each with its aspect ratio (Sec. 3.4)."""
+    side: int                     # of the square, or the shorter side; in pixels
+    keep_aspect: bool = False
+    filters: Filters = Filters()
+    skip_bad: bool = False        # leave out files that cannot be read, instead of stopping at the first
+
+    def prepare(self, image: Image.Image, factor: int) -> Image.Image:
+        """The image at the size that is encoded."""
+        return fit(image, *(size_of(image, self.side, factor) if self.keep_aspect else (self.side, self.side)))
+
+
+def encode(source, vqgan, how: Encoding, out: Path, ranks: Ranks = Ranks(), batch: int = 64) -> Codes:
     """Sec. 3.3: every picture of the source as codes (h, w), in shards under `out`; ranks take turns at the shards.
 
-    What is there already stays, unless it is of another source, size or codec. skip_bad: pictures that cannot be
-    read are listed in `codes.json` and left out; otherwise the first one raises ValueError, one line.
+    What is there already stays, unless it is of another source, encoding or codec. Pictures left out are listed in
+    `codes.json`. Raises ValueError, one line, at the first that cannot be read, unless how.skip_bad.
     """
     codec = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in vqgan.state_dict().values())).hexdigest()
+    described = {"codec": codec, "side": how.side, "keep_aspect": how.keep_aspect}
     if isinstance(source, Codes):
-        if (source.label["codec"], source.label["side"]) != (codec, side):
-            raise ValueError(f"{source.directory}: encoded by another codec or at another size; encode it again")
+        if any(source.label[name] != value for name, value in described.items()):
+            raise ValueError(f"{source.directory}: encoded by another codec or at other sizes; encode it again")
         return source
-    described = {"source": source.name, "pictures": len(source), "side": side, "codec": codec}
+    described |= {"source": source.name, "pictures": len(source), "filters": str(how.filters)}
     label = out / "codes.json"
-    if not label.is_file() or {**read_json(label), "skipped": None} != {**described, "skipped": None}:
+    if not label.is_file() or {**read_json(label), "left_out": None} != {**described, "left_out": None}:
         starts = ranks.share(list(range(0, len(source), SHARD)))
         bar = tqdm(total=len(starts) * SHARD, desc="encoding pictures once", unit="picture", disable=not ranks.is_first)
-        found = [_encode_shard(source, vqgan, side, out, first, described, skip_bad, batch, bar) for first in starts]
+        found = [_encode_shard(source, vqgan, how, out, first, described, batch, bar) for first in starts]
         bar.close()
-        skipped = sum(ranks.together(found), [])
+        left_out = sum(ranks.together(found), [])
         if ranks.is_first:
-            write_json(label, described | {"skipped": skipped})
-            if skipped:
-                print(f"{len(skipped)} of {len(source)} pictures cannot be read; {label} lists them")
+            write_json(label, described | {"left_out": left_out})
+            for why in sorted({why.partition(":")[0] for _, why in left_out}):
+                count = sum(reason.startswith(why) for _, reason in left_out)
+                print(f"{count} of {len(source)} pictures left out, {why}; {label} lists them")
     ranks.wait()
     return Codes(out)
 
 
-def _encode_shard(source, vqgan, side, out, first, described, skip_bad, batch, bar) -> list[tuple[int, str]]:
+def _encode_shard(source, vqgan, how, out, first, described, batch, bar) -> list[tuple[int, str]]:
     """One shard from picture `first` on -> (index, why) of the pictures left out. A shard already there is kept."""
     stem, note = out / f"{first:09d}", described | {"first": first}
     last = min(first + SHARD, len(source))
     if stem.with_suffix(".json").is_file() and (there := read_json(stem.with_suffix(".json")))["of"] == note:
         bar.update(SHARD)
-        return [tuple(entry) for entry in there["skipped"]]
-    cells, device, skipped = side // vqgan.factor, next(vqgan.parameters()).device, []
-    codes = np.zeros((last - first, cells, cells), np.uint16 if vqgan.config.num_embeddings <= 2 ** 16 else np.int32)
+        return [tuple(entry) for entry in there["left_out"]]
+    left_out, codes = [], {}
     for start in range(first, last, batch):
-        pixels, rows = [], []
+        pixels = {}
         for i in range(start, min(start + batch, last)):
             try:
-                pixels.append(to_pixels(fit(source.image(i), side, side)))
-                rows.append(i - first)
+                image = source.image(i)
             except ValueError as error:
-                if not skip_bad:
+                if not how.skip_bad:
                     raise
-                skipped.append((i, str(error)))
-        if rows:
-            codes[rows] = vqgan.encode(torch.stack(pixels).to(device)).cpu().numpy()      # (B, h, w)
+                left_out.append((i, f"cannot be read: {error}"))
+                continue
+            if reason := how.filters.reason(image, source.scores(i)):
+                left_out.append((i, f"filtered by {reason}"))
+            else:
+                pixels[i] = to_pixels(how.prepare(image, vqgan.factor))
+        codes |= zip(pixels, encode_each(vqgan, list(pixels.values())))
         bar.update(batch)
-    lines = [json.dumps({"file_name": source.title(i), "text": source.captions(i)}, ensure_ascii=False)
+    kind = np.uint16 if vqgan.config.num_embeddings <= 2 ** 16 else np.int32
+    flat = np.concatenate([np.zeros(0, kind), *(found.flatten().numpy().astype(kind) for found in codes.values())])
+    lines = [json.dumps({"file_name": source.title(i), "text": source.captions(i),
+                         "codes": list(codes[i].shape) if i in codes else [0, 0]}, ensure_ascii=False)
              for i in range(first, last)]
-    write_beside(stem.with_suffix(".npy"), lambda p: _save_array(p, codes))
+    write_beside(stem.with_suffix(".npy"), lambda p: _save_array(p, flat))
     write_beside(stem.with_suffix(".jsonl"), lambda p: p.write_text("\n".join(lines) + "\n"))
-    write_json(stem.with_suffix(".json"), {"of": note, "skipped": skipped})              # last: now it is whole
-    return skipped
+    write_json(stem.with_suffix(".json"), {"of": note, "left_out": left_out})            # last: now it is whole
+    return left_out
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
@@ -418,12 +508,12 @@ class Row:
     text: str | None
     is_captioning: bool
 
-    def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Sequence:
-        """The row as tokens, given the picture's codes (h, w)."""
+    def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary, size: list[int] = ()) -> Sequence:
+        """The row as tokens, given the picture's codes (h, w) and, from Stage II on, the ids of its size."""
         ids = None if self.text is None else tokenizer.encode(self.text)
         if self.is_captioning:
-            return captioning(ids, codes, vocabulary, tokenizer.eos)
-        return text_to_image(ids, codes, vocabulary)
+            return captioning(ids, codes, vocabulary, tokenizer.eos, size)
+        return text_to_image(ids, codes, vocabulary, size)
 
 
 def stage1_rows(source, indices, batch: int, rng: random.Random, caption_share: float, drop: float = 0.1) -> list[Row]:
@@ -459,9 +549,9 @@ def text_rows(document, tokenizer: Tokenizer, batch: int, length: int, rng: rand
 def inspect(codes: Codes, vqgan, n: int, seed: int) -> tuple[Image.Image, list[str]]:
     """A grid of n random pictures, decoded from their codes, and their captions: training on wrong codes shows."""
     chosen = random.Random(seed).sample(codes.whole, min(n, len(codes.whole)))
-    rows = torch.stack([torch.from_numpy(codes[i].astype(np.int64)) for i in chosen])
+    rows = [torch.from_numpy(codes[i].astype(np.int64)).to(next(vqgan.parameters()).device) for i in chosen]
     with torch.no_grad():
-        images = [to_image(pixels) for pixels in vqgan.decode(rows.to(next(vqgan.parameters()).device))]
+        images = [to_image(vqgan.decode(row[None])[0]) for row in rows]
     return grid(images), [f"{codes.title(i)}: {' | '.join(codes.captions(i)) or '(no caption)'}" for i in chosen]
 
 
@@ -474,6 +564,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument("--data", required=True, help='a folder with metadata.jsonl or *.tar, or "world"')
     encoder.add_argument("--out", type=Path, required=True, help="the folder to write; run again, it goes on")
     encoder.add_argument("--pictures", type=int, default=60_000, help="how many, of the rendered world")
+    encoder.add_argument("--side", type=int, help="in pixels; default: the size that the codec was trained at")
+    encoder.add_argument("--keep-aspect", action="store_true", help="Stage II: --side is the shorter side")
+    for name, what in (("min-side", "shortest side in pixels"), ("max-ratio", "longer to shorter side"),
+                       ("min-clip-score", "of the manifest"), ("min-aesthetic", "of the manifest")):
+        encoder.add_argument(f"--{name}", type=float, default=getattr(Filters, name.replace("-", "_")), help=what)
     encoder.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, listed")
     viewer = commands.add_parser("inspect", help="a grid of decoded pictures, and their captions")
     viewer.add_argument("codes", type=Path, metavar="CODES")
@@ -494,10 +589,14 @@ def main(arguments: list[str] | None = None) -> None:
         vqgan = VQGAN.from_pretrained(args.weights, ranks.device)
         if args.command == "encode":
             source = open_source(args.data, args.pictures, args.seed)
-            codes = encode(source, vqgan, vqgan.config.resolution, args.out, ranks, args.skip_bad)
+            filters = Filters(args.min_side, args.max_ratio, args.min_clip_score, args.min_aesthetic)
+            side = args.side or vqgan.config.resolution
+            if side % vqgan.factor or side < vqgan.factor:
+                raise ValueError(f"--side is {side}, expected a multiple of the codec's factor, {vqgan.factor}")
+            codes = encode(source, vqgan, Encoding(side, args.keep_aspect, filters, args.skip_bad), args.out, ranks)
             if ranks.is_first:
-                print(f"wrote {args.out}: {len(codes.whole)} pictures of {vqgan.config.resolution // vqgan.factor} x "
-                      f"{vqgan.config.resolution // vqgan.factor} codes")
+                sizes = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in codes.buckets(codes.whole).items())
+                print(f"wrote {args.out}: {len(codes.whole)} pictures; codes: {sizes}")
         else:
             image, lines = inspect(Codes(args.codes), vqgan, args.num, args.seed)
             save_image(image, args.out)

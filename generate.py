@@ -6,6 +6,8 @@
 Shapes: B prompts, T tokens, V_t and V_v vocabularies, (h, w) latent grid.
 """
 import argparse
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import one_line_errors, read_json
-from data import captioning, collate, fit, grid, open_picture, prompt, save_image, to_image, to_pixels
+from data import (captioning, collate, encode_each, fit, grid, open_picture, prompt, save_image, size_text, to_image,
+                  to_pixels)
 from mars import MARS
 from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
 from vqgan import VQGAN
@@ -75,10 +78,10 @@ def prefill(model: MARS, prompts: list[list[int]], more: int):
     return model.hidden(tokens.to(cache.keys.device), cache)[:, -1], cache
 
 
-def prompts_of(model: MARS, captions: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """What stands before the pictures; with guidance, then the same number of `<uncond>` twins."""
-    prompts = [prompt(caption, model.vocabulary) for caption in captions]
-    return prompts + [prompt(None, model.vocabulary)] * (len(captions) if sampling.cfg != 1 else 0)
+def prompts_of(model: MARS, captions: list[list[int]], sampling: Sampling, size: list[int] = ()) -> list[list[int]]:
+    """What stands before the pictures; with guidance, then the same number of `<uncond>` twins. size: ids, Stage II."""
+    prompts = [prompt(caption, model.vocabulary, size) for caption in captions]
+    return prompts + [prompt(None, model.vocabulary, size)] * (len(captions) if sampling.cfg != 1 else 0)
 
 
 def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tensor:
@@ -89,13 +92,13 @@ def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tens
 
 @torch.no_grad()
 def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
-               generator: torch.Generator | None = None) -> Tensor:
+               generator: torch.Generator | None = None, size: list[int] = ()) -> Tensor:
     """Captions (ids) -> codes (B, h, w). With guidance each caption and its `<uncond>` twin share one batch.
 
-    The picture's size sets how many codes are drawn. A model of K heads draws K a forward pass (Eq. 2), each from its
+    The picture's size sets how many codes are drawn; `size`, its ids, tells a Stage II model. A model of K heads draws K a forward pass (Eq. 2), each from its
     own head. Raises ValueError where a caption is too long.
     """
-    prompts, length = prompts_of(model, captions, sampling), height * width
+    prompts, length = prompts_of(model, captions, sampling, size), height * width
     hidden, cache = prefill(model, prompts, length)
     drawn = []                                                                   # of (B,)
     while True:
@@ -109,14 +112,14 @@ def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, 
 
 @torch.no_grad()
 def draw_codes_verified(model: MARS, caption: list[int], height: int, width: int, sampling: Sampling,
-                        generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+                        generator: torch.Generator | None = None, size: list[int] = ()) -> tuple[Tensor, int]:
     """Not in the paper: heads 2 to K only draft; head 1 accepts each draft or puts another code in its place.
 
     The codes are distributed exactly as head 1 alone would draw them, one by one (speculative sampling, arXiv
     2302.01318, with the drafts of one's own heads), in fewer passes. One caption (ids) -> codes (1, h, w) and the
     number of passes after the prompt's.
     """
-    prompts, length = prompts_of(model, [caption], sampling), height * width
+    prompts, length = prompts_of(model, [caption], sampling, size), height * width
     hidden, cache = prefill(model, prompts, length + model.config.ahead)
     chances = lambda states, k: probabilities(code_logits(model, states, k, sampling), sampling)[0]     # (codes,)
     pick = lambda p: int(torch.multinomial(p, 1, generator=generator))
@@ -159,12 +162,13 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
 
 
 @torch.no_grad()
-def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor, eos: int) -> Tensor:
+def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor, eos: int,
+                           size: list[int] = ()) -> Tensor:
     """Not in the paper, whose MARS* ranks pictures by CLIP: log p(caption | picture) by the model itself.
 
-    captions: ids; codes (B, h, w) -> (B,), natural logarithms.
+    captions: ids; codes (B, h, w); size: its ids -> (B,), natural logarithms.
     """
-    pairs = [captioning(caption, picture, model.vocabulary, eos) for caption, picture in zip(captions, codes)]
+    pairs = [captioning(caption, picture, model.vocabulary, eos, size) for caption, picture in zip(captions, codes)]
     tokens, is_target = (tensor.to(codes.device) for tensor in collate(pairs, model.vocabulary.special("<pad>")))
     asked = is_target[:, 1:]                                                     # (B, T - 1)
     log_p = model.logits(model.hidden(tokens)[:, :-1][asked]).log_softmax(-1)    # (targets, V)
@@ -203,38 +207,54 @@ class Painter:
         vqgan = VQGAN.from_pretrained(directory / "vqgan", device)
         return cls(model, vqgan, load_tokenizer(directory), vqgan.config.resolution)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """A prompt's ids. Raises ValueError, one line, where it is empty or longer than the context leaves room for."""
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) in pixels of all that the model was trained to draw, the usual one first."""
+        return self.model.config.sizes or ((self.side, self.side),)
+
+    def size_ids(self, height: int, width: int) -> list[int]:
+        """What the prompt says of the size: nothing in Stage I. Raises ValueError, one line, for an untrained size."""
+        if (height, width) not in self.sizes:
+            raise ValueError(f"size {height}x{width}: expected one that these weights were trained on, height x width: "
+                             + ", ".join(f"{h}x{w}" for h, w in self.sizes))
+        return self.tokenizer.encode(size_text(height, width)) if self.model.config.sizes else []
+
+    def encode_prompt(self, text: str, pixels: int | None = None) -> list[int]:
+        """A prompt's ids. Raises ValueError, one line, where it is empty or longer than the context leaves room for
+        beside a picture of so many pixels (default: the square one)."""
         if not text.strip():
             raise ValueError("the prompt is empty; expected a description such as \"a red circle\"")
         ids = self.tokenizer.encode(text.strip())
-        room = self.model.config.context - (self.side // self.vqgan.factor) ** 2 - 2
+        room = self.model.config.context - (pixels or self.side ** 2) // self.vqgan.factor ** 2 - 2
+        room -= 12 if self.model.config.sizes else 0                             # the size's own ids, at most
         if len(ids) > room:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {room} fit beside the picture")
         return ids
 
     @torch.no_grad()
     def paint(self, prompts: list[str], sampling: Sampling = Sampling(), seed: int = 0, batch: int = 64,
-              verify: bool = False, best_of: int = 1):
+              verify: bool = False, best_of: int = 1, size: tuple[int, int] | None = None):
         """Prompts -> RGB images; the same prompts, settings and seed give the same pictures.
 
-        verify: head 1 checks what the other heads of a model with K > 1 draft. best_of: how many to draw for each
+        size: (H, W) in pixels, one of `sizes`; default: the first. verify: head 1 checks what the other heads of a model with K > 1 draft. best_of: how many to draw for each
         prompt, of which the one stays that makes its prompt likeliest as a caption (Sec. 4, MARS*).
         """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        cells, images = self.side // self.vqgan.factor, []
-        captions = [ids for text in prompts for ids in [self.encode_prompt(text)] * best_of]
+        height, width = size or self.sizes[0]
+        asked = self.size_ids(height, width)
+        h, w, images = height // self.vqgan.factor, width // self.vqgan.factor, []
+        captions = [ids for text in prompts for ids in [self.encode_prompt(text, height * width)] * best_of]
         batch = max(1, batch // best_of) * best_of
         for start in range(0, len(captions), batch):
             some = captions[start:start + batch]
             if verify:
-                codes = torch.cat([draw_codes_verified(self.model, caption, cells, cells, sampling, generator)[0]
+                codes = torch.cat([draw_codes_verified(self.model, caption, h, w, sampling, generator, asked)[0]
                                    for caption in some])
             else:
-                codes = draw_codes(self.model, some, cells, cells, sampling, generator)
+                codes = draw_codes(self.model, some, h, w, sampling, generator, asked)
             if best_of > 1:
-                likely = caption_log_likelihood(self.model, some, codes, self.tokenizer.eos).view(-1, best_of)
+                likely = caption_log_likelihood(self.model, some, codes, self.tokenizer.eos, asked).view(-1, best_of)
                 codes = codes.unflatten(0, (-1, best_of))[torch.arange(len(likely)), likely.argmax(1)]
             images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
         return images
@@ -244,20 +264,21 @@ class Painter:
         restored = []
         with torch.no_grad():
             for start in range(0, len(images), batch):
-                pixels = torch.stack([to_pixels(image) for image in images[start:start + batch]])
-                codes = self.vqgan.encode(pixels.to(self.model.norm.weight.device))
-                restored += [to_image(p) for p in self.vqgan.decode(codes)]
+                for codes in encode_each(self.vqgan, [to_pixels(image) for image in images[start:start + batch]]):
+                    restored.append(to_image(self.vqgan.decode(codes[None].to(self.model.norm.weight.device))[0]))
         return restored
 
     def describe(self, images, max_tokens: int = 96, batch: int = 64) -> list[str]:
         """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step."""
         texts = []
+        eos = self.tokenizer.eos
         for start in range(0, len(images), batch):
-            pixels = [to_pixels(fit(image, self.side, self.side)) for image in images[start:start + batch]]
-            with torch.no_grad():
-                codes = self.vqgan.encode(torch.stack(pixels).to(self.model.norm.weight.device))
-            eos = self.tokenizer.eos
-            shown = [captioning([], picture, self.model.vocabulary, eos).tokens[:-1] for picture in codes]
+            some = images[start:start + batch]
+            sizes = [min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0] / (image.width / image.height))))
+                     for image in some]                          # the trained size that crops least
+            codes = encode_each(self.vqgan, [to_pixels(fit(image, *size)) for image, size in zip(some, sizes)])
+            shown = [captioning([], picture, self.model.vocabulary, eos, self.size_ids(*size)).tokens[:-1]
+                     for picture, size in zip(codes, sizes)]
             texts += [self.tokenizer.decode(ids) for ids in write_text(self.model, shown, eos, max_tokens)]
         return texts
 
@@ -268,6 +289,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("-o", "--out", default="out.png", help="PNG to write; several pictures become one grid")
+    parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures of each prompt")
     parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale; 1: none")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T",
@@ -284,6 +306,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.prompt) == bool(args.caption):
         parser.error("expected a prompt or --caption IMAGE, one of the two")
+    if args.size:
+        found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", args.size)
+        if not found:
+            parser.error(f"--size is {args.size!r}, expected HxW in pixels, such as 96x128")
+        args.size = int(found[1]), int(found[2])
     for name, low, high in (("num", 1, 1024), ("best_of", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100),
                             ("top_k", 0, 10**9), ("top_p", 1e-6, 1)):
         if not low <= getattr(args, name) <= high:
@@ -302,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-        images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of)
+        images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=args.size)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 

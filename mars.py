@@ -32,6 +32,11 @@ class MARSConfig(SemVIEConfig):
     codes: int = 0                # size of the VQ-GAN's codebook; 0: the language model alone
     ahead: int = 1                # K of Eq. 2: how many codes one position predicts
     tie_embeddings: bool = False  # True: the text head is the text embedding, as in the small Qwen2 models
+    sizes: tuple[tuple[int, int], ...] = ()   # Stage II: (H, W) in pixels seen in training; (): one, never named
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))         # JSON knows but lists
 
     @property
     def vocabulary(self) -> Vocabulary:

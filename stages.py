@@ -14,7 +14,7 @@ from torch import nn
 import corpus
 import world
 from checkpoint import write_beside
-from data import (World, collate, encode, fit, grid, open_source, save_image, stage1_rows, text_rows, to_image,
+from data import (Encoding, World, collate, encode, fit, grid, open_source, save_image, stage1_rows, text_rows, to_image,
                   to_pixels)
 from distributed import Spread, whole_state
 from evaluate import accuracy, look_up
@@ -47,6 +47,7 @@ class Preset:
     row: int = 192                # tokens in a row of pre-training text
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
+    aspects: tuple = ((6, 6), (6, 6), (6, 8), (8, 6), (6, 12), (12, 6))   # Stage II: sizes of pictures, in cells
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
 
@@ -60,7 +61,7 @@ class VQGANStage:
         if args.ranks.count > 1 or args.shard:
             raise ValueError("the codec trains in one process: start this stage with python, without --shard")
         self.args, self.recipe = args, args.recipe
-        self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
         if preset.codec.patches and not args.resume:
             n = min(20_000, len(self.source))
@@ -142,7 +143,7 @@ class TextStage(NextToken):
 
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
-        source = open_source(args.data, preset.pictures, args.seed, preset.things)
+        source = open_source(args.data, preset.pictures, args.seed, things=preset.things)
         if isinstance(source, World):
             self.document = lambda rng: corpus.document(rng, preset.things)
         else:
@@ -188,30 +189,37 @@ class Stage1(NextToken):
 
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
-        ranks = args.ranks
-        self.vqgan = VQGAN.from_pretrained(args.vqgan, ranks.device)
-        self.tokenizer = load_tokenizer(args.language)
-        language = MARS.from_pretrained(args.language)
-        self.dtype = language.text_embedding.weight.dtype
-        if ranks.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(ranks.device).total_memory
-            config = dataclasses.replace(language.config, codes=self.vqgan.config.num_embeddings)
-            forecast = check_memory(config, ranks.count, memory, args.shard)
-            if ranks.is_first:
+        self.start()
+        if args.ranks.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(args.ranks.device).total_memory
+            forecast = check_memory(self.model.config, args.ranks.count, memory, args.shard)
+            if args.ranks.is_first:
                 print(forecast)
-        side = self.vqgan.config.resolution
-        self.source = open_source(args.data, preset.pictures, args.seed, preset.things)
-        self.codes = encode(self.source, self.vqgan, side, args.out / "codes", ranks, args.skip_bad)
-        whole = set(self.codes.whole)
-        self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
-        self.model = MARS.from_language_model(
-            language, self.vqgan.config.num_embeddings, visual_experts=not args.without_experts,
-            route_output=args.route_output, ahead=args.ahead,
-            codebook=self.vqgan.quantize.embedding.weight if preset.codebook_start else None,
-            generator=torch.Generator().manual_seed(args.seed))
+        self.dtype = self.model.text_embedding.weight.dtype
+        self.read()
         self.model.freeze_language()
         self.spread()
-        self.painter = Painter(self.model, self.vqgan, self.tokenizer, side)
+        self.painter = Painter(self.model, self.vqgan, self.tokenizer, self.vqgan.config.resolution)
+
+    def start(self) -> None:
+        """Loads codec, tokenizer and language model, and grows the visual side."""
+        args = self.args
+        self.vqgan = VQGAN.from_pretrained(args.vqgan, args.ranks.device)
+        self.tokenizer = load_tokenizer(args.language)
+        self.model = MARS.from_language_model(
+            MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings,
+            visual_experts=not args.without_experts, route_output=args.route_output, ahead=args.ahead,
+            codebook=self.vqgan.quantize.embedding.weight if self.preset.codebook_start else None,
+            generator=torch.Generator().manual_seed(args.seed))
+
+    def read(self) -> None:
+        """Opens the pictures, and encodes them once."""
+        args, preset = self.args, self.preset
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things)
+        self.codes = encode(self.source, self.vqgan, Encoding(self.vqgan.config.resolution, skip_bad=args.skip_bad),
+                            args.out / "codes", args.ranks)
+        whole = set(self.codes.whole)
+        self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
 
     def rows(self, step: int, rng: random.Random):
         """Pictures, each with what it is used for."""
@@ -222,8 +230,12 @@ class Stage1(NextToken):
     def tensors(self, rows):
         """-> tokens (B, T), is_target (B, T)."""
         vocabulary = self.model.vocabulary
-        return collate([row.sequence(self.codes[row.index], self.tokenizer, vocabulary) for row in rows],
-                       vocabulary.special("<pad>"))
+        return collate([row.sequence(self.codes[row.index], self.tokenizer, vocabulary, self.size_ids(row))
+                        for row in rows], vocabulary.special("<pad>"))
+
+    def size_ids(self, row) -> list[int]:
+        """What the sequence says of the picture's size: nothing yet."""
+        return []
 
     def names(self, rows) -> list[str]:
         """Of the pictures."""
@@ -242,12 +254,17 @@ class Stage1(NextToken):
         if not texts:
             return {}
         texts += (texts * ranks.count)[:-len(texts) % ranks.count]                   # as many for each rank
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            images = ranks.together(self.painter.paint(ranks.share(texts), seed=self.args.seed))
+        found, shown = {}, []
+        for size in self.painter.sizes:
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+                images = ranks.together(self.painter.paint(ranks.share(texts), seed=self.args.seed, size=size))
+            shown += images[:16]
+            marks = accuracy(images, texts) if drawn_world else {}
+            found |= {f"all {size[0]}x{size[1]}": marks["all"]} if found else marks
         if ranks.is_first:
-            save_image(grid(images[:16]), path.with_suffix(".png"))
+            save_image(grid(shown), path.with_suffix(".png"))
             write_beside(path.with_suffix(".txt"), lambda p: p.write_text("\n".join(texts[:16]) + "\n"))
-        return accuracy(images, texts) if drawn_world else {}
+        return found
 
     def save(self, directory: Path) -> None:
         """Writes all that `generate.py` needs: the model, the tokenizer and, in vqgan/, the codec."""
@@ -258,7 +275,49 @@ class Stage1(NextToken):
             self.vqgan.save_pretrained(directory / "vqgan")
 
 
-STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1}
+class Stage2(Stage1):
+    """Sec. 3.4, Stage II: goes on from Stage I with pictures that keep their aspect ratio and fine captions that name
+    the size. One caption in four of the rendered world stays coarse (ours), or short prompts would be forgotten."""
+
+    def start(self) -> None:
+        """Loads all that Stage I wrote."""
+        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device)
+
+    def read(self) -> None:
+        """Opens the pictures, encodes them once, and sorts them into buckets of one size."""
+        args, preset = self.args, self.preset
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.aspects,
+                                  details=("fine", "fine", "fine", "coarse"))
+        how = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
+        self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
+        self.buckets = self.codes.buckets(self.codes.whole)
+        factor = self.vqgan.factor
+        square_first = sorted(self.buckets, key=lambda size: (size[0] != size[1], size))
+        self.model.config = dataclasses.replace(
+            self.model.config, sizes=tuple((h * factor, w * factor) for h, w in square_first))
+
+    def rows(self, step: int, rng: random.Random):
+        """Pictures of one size; the more there are of a size, the more often it has its turn."""
+        sizes = list(self.buckets)
+        size, = rng.choices(sizes, [len(self.buckets[size]) for size in sizes])
+        share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
+        return stage1_rows(self.source, self.buckets[size], self.recipe.batch, rng, share)
+
+    def size_ids(self, row) -> list[int]:
+        """The resolution in the caption."""
+        h, w = self.codes[row.index].shape
+        return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
+
+
+def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
+    """What an earlier stage wrote. Raises ValueError, one line, for a folder that holds no such thing."""
+    model, directory = MARS.from_pretrained(directory), Path(directory)
+    if not model.vocabulary.codes:
+        raise ValueError(f"{directory}: a language model alone; expected the --out of an earlier stage")
+    return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
+
+
+STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2}
 
 
 def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool) -> str:

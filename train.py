@@ -203,7 +203,8 @@ PRESETS = {
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3)},
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3),
+                 "stage2": Recipe(10_000, 32, 1.5e-3)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "nano": Preset(
         language=small(128, 4, 4),
@@ -224,6 +225,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
     parser.add_argument("--vqgan", default=TINY, metavar="DIR", help="stage1: the codec")
     parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
+    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2: what Stage I wrote")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="instead of the preset's")
     parser.add_argument("--lr", type=float, help="instead of the preset's")
@@ -277,8 +279,10 @@ def main(arguments: list[str] | None = None) -> None:
             run_stage(args, preset)
         else:
             for stage in STAGES:
-                run_stage(argparse.Namespace(**{**vars(args), "stage": stage, "out": args.out / stage,
-                                                "vqgan": args.out / "vqgan", "language": args.out / "text"}), preset)
+                if stage in preset.recipes:
+                    run_stage(argparse.Namespace(**{
+                        **vars(args), "stage": stage, "out": args.out / stage, "vqgan": args.out / "vqgan",
+                        "language": args.out / "text", "init": args.out / "stage1"}), preset)
         stop()
 
 

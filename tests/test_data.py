@@ -190,17 +190,17 @@ def shards_of_four(monkeypatch):
 
 def test_pictures_are_encoded_once_and_again_only_for_another_codec(tmp_path, shards_of_four):
     source, codec = World(10, seed=0), CountingCodec()
-    first = data.encode(source, codec, 96, tmp_path, batch=4)
+    first = data.encode(source, codec, data.Encoding(96), tmp_path, batch=4)
     assert len(first) == 10 and first[0].shape == (24, 24) and codec.calls == 3
     for i in range(10):
         assert np.array_equal(first[i], codec.encode(to_pixels(source.image(i))[None])[0])
         assert first.captions(i) == source.captions(i)
     calls, before = codec.calls, first[7].copy()
-    data.encode(source, codec, 96, tmp_path, batch=4)
+    data.encode(source, codec, data.Encoding(96), tmp_path, batch=4)
     assert codec.calls == calls
     with torch.no_grad():
         codec.weight.mul_(0.5)
-    again = data.encode(source, codec, 96, tmp_path, batch=4)
+    again = data.encode(source, codec, data.Encoding(96), tmp_path, batch=4)
     assert codec.calls == calls + 3 and not np.array_equal(again[7], before)
 
 
@@ -209,12 +209,12 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(tmp_path, shards_of_fo
     image = source.image
     monkeypatch.setattr(source, "image", lambda i: image(i) if i < 9 else (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        data.encode(source, codec, 96, tmp_path, batch=4)
+        data.encode(source, codec, data.Encoding(96), tmp_path, batch=4)
     with pytest.raises(ValueError, match="codes.json: not found"):
         data.Codes(tmp_path)
     monkeypatch.setattr(source, "image", image)
     assert codec.calls == 2
-    assert len(data.encode(source, codec, 96, tmp_path, batch=4)) == 10 and codec.calls == 3
+    assert len(data.encode(source, codec, data.Encoding(96), tmp_path, batch=4)) == 10 and codec.calls == 3
 
 
 def test_ranks_take_turns_at_the_shards(tmp_path, shards_of_four):
@@ -229,10 +229,10 @@ def test_a_bad_picture_stops_the_encoding_or_is_left_out_and_listed(tmp_path, ca
         Image.new("RGB", (96, 96), "red").save(where / f"{name}.png")
     (where / "b.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="b.png: not a whole image file"):
-        data.encode(Folder(where), CountingCodec(), 96, tmp_path / "codes")
-    codes = data.encode(Folder(where), CountingCodec(), 96, tmp_path / "codes", skip_bad=True)
-    assert codes.whole == [0, 2] and "1 of 3 pictures cannot be read" in capsys.readouterr().out
-    assert json.loads((tmp_path / "codes" / "codes.json").read_text())["skipped"][0][0] == 1
+        data.encode(Folder(where), CountingCodec(), data.Encoding(96), tmp_path / "codes")
+    codes = data.encode(Folder(where), CountingCodec(), data.Encoding(96, skip_bad=True), tmp_path / "codes")
+    assert codes.whole == [0, 2] and "1 of 3 pictures left out, cannot be read" in capsys.readouterr().out
+    assert json.loads((tmp_path / "codes" / "codes.json").read_text())["left_out"][0][0] == 1
 
 
 def test_tars_are_read_as_the_folder_they_were_made_of(tmp_path):
