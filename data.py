@@ -51,18 +51,21 @@ def size_text(height: int, width: int) -> str:
     return f" {height}x{width}"
 
 
-def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = ()) -> list[int]:
+def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = (), low=None) -> list[int]:
     """What stands before a picture's first code. caption None: `<uncond>`, the dropped caption of guidance; size: ids
-    of `size_text`, from Stage II on."""
-    return [*([vocabulary.special("<uncond>")] if caption is None else caption), *size, vocabulary.special("<img>")]
+    of `size_text`, from Stage II on; low: codes (h, w) of the picture that Stage III makes larger."""
+    return [*([vocabulary.special("<uncond>")] if caption is None else caption), *size,
+            *([] if low is None else picture(low, vocabulary)), vocabulary.special("<img>")]
 
 
-def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary, size: list[int] = ()) -> Sequence:
-    """Sec. 3.4, Stage I: caption, picture. Targets: the picture, `<img>` and `</img>` included.
+def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary, size: list[int] = (),
+                  low=None) -> Sequence:
+    """Sec. 3.4: caption, picture; in Stage III caption, small picture, large one. Targets: the last picture, `<img>`
+    and `</img>` included.
 
     A caption's own loss would move nothing but the vision head, as every other weight it meets is frozen.
     """
-    tokens = prompt(caption, vocabulary, size)
+    tokens = prompt(caption, vocabulary, size, low)
     start = len(tokens) - 1
     tokens = tokens[:start] + picture(codes, vocabulary)
     return Sequence(tokens, [False] * start + [True] * (len(tokens) - start))
@@ -131,6 +134,12 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+def psnr(images: list[Image.Image], truths: list[Image.Image]) -> float:
+    """Not in the paper: peak signal-to-noise ratio in dB, of the mean squared error over all pictures."""
+    errors = [np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) for a, b in zip(images, truths)]
+    return 10 * math.log10(255 ** 2 / max(np.mean(errors), 1e-12))
+
+
 def grid(images: list[Image.Image], columns: int = 8, gap: int = 2) -> Image.Image:
     """Images side by side, row after row, each at the top left of its place, on white."""
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
@@ -155,25 +164,27 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 class World:
     """The rendered world as a source: scene i is drawn from `seed` and i alone, so that none is ever stored.
 
-    things: how many things each scene shows, None for one to three; sizes: (rows, cols) in cells to choose from;
+    things: how many things each scene shows, None for one to three; sizes: (rows, cols, pixels a cell) to choose from;
     details: of captions, as often as each is named.
     """
 
-    def __init__(self, pictures: int, seed: int, things: int | None = None, sizes=((6, 6),), details=world.DETAILS):
+    def __init__(self, pictures: int, seed: int, things: int | None = None, sizes=((6, 6, 16),),
+                 details=world.DETAILS):
         self.pictures, self.seed, self.things, self.sizes, self.details = pictures, seed, things, sizes, details
-        self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}"
-        if sizes != ((6, 6),):
-            self.name += f", {' '.join(f'{rows}x{cols}' for rows, cols in sizes)} cells"
+        self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}, sizes {sizes}"
         self.scenes: dict[int, tuple[world.Scene, bool]] = {}
 
     def __len__(self) -> int:
         return self.pictures
 
+    def size(self, i: int) -> tuple[int, int, int]:
+        """Rows, cols and pixels a cell of picture i."""
+        return random.Random(f"{self.seed}/{i}/size").choice(self.sizes)
+
     def scene(self, i: int) -> tuple[world.Scene, bool]:
         """Scene i, and whether it may carry a caption."""
         if i not in self.scenes:
-            size = random.Random(f"{self.seed}/{i}/size").choice(self.sizes)
-            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *size)
+            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *self.size(i)[:2])
         return self.scenes[i]
 
     def simple(self) -> list[int]:
@@ -186,7 +197,7 @@ class World:
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB."""
-        return world.render(self.scene(i)[0])
+        return world.render(self.scene(i)[0], self.size(i)[2])
 
     def captions(self, i: int) -> list[str]:
         """Four of picture i's captions, to be stored: one of each language and detail."""
@@ -506,14 +517,15 @@ class Row:
     """One row of a batch: a picture, its caption or None, and whether the caption is to be written or drawn from."""
     index: int
     text: str | None
-    is_captioning: bool
+    is_captioning: bool = False
+    low: np.ndarray | None = None  # Stage III: codes (h, w) of the same picture, smaller
 
     def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary, size: list[int] = ()) -> Sequence:
         """The row as tokens, given the picture's codes (h, w) and, from Stage II on, the ids of its size."""
         ids = None if self.text is None else tokenizer.encode(self.text)
         if self.is_captioning:
             return captioning(ids, codes, vocabulary, tokenizer.eos, size)
-        return text_to_image(ids, codes, vocabulary, size)
+        return text_to_image(ids, codes, vocabulary, size, self.low)
 
 
 def stage1_rows(source, indices, batch: int, rng: random.Random, caption_share: float, drop: float = 0.1) -> list[Row]:
@@ -530,6 +542,23 @@ def stage1_rows(source, indices, batch: int, rng: random.Random, caption_share: 
         if not is_captioning and (text is None or rng.random() < drop):
             text = None
         rows.append(Row(i, text, is_captioning))
+    return rows
+
+
+def stage3_rows(source, low: Codes, indices, batch: int, rng: random.Random, corruption: float, codes: int,
+                drop: float = 0.1) -> list[Row]:
+    """Sec. 3.4, Stage III: one batch of caption, small picture, large picture.
+
+    corruption: chance that a code of the small picture is any of the `codes` (ours: when drawing, the small picture
+    is the model's own and not free of errors); drop: as above.
+    """
+    rows = []
+    for row in stage1_rows(source, indices, batch, rng, caption_share=0.0, drop=drop):
+        small = np.array(low[row.index])                                                 # (h, w)
+        for place in np.ndindex(small.shape):
+            if rng.random() < corruption:
+                small[place] = rng.randrange(codes)
+        rows.append(Row(row.index, row.text, low=small))
     return rows
 
 

@@ -31,6 +31,7 @@ class Sampling:
     temperature: float = 0.7      # 0: always the likeliest token
     top_k: int = 50               # draw among the k likeliest tokens; 0: among all
     top_p: float = 0.9            # draw among the likeliest tokens that hold this share of probability; 1: among all
+    heads: int = 0                # of a model of K heads, how many draw in one pass; 0: all K
 
 
 # ----------------------------------------------------------------------------- drawing one token
@@ -78,10 +79,13 @@ def prefill(model: MARS, prompts: list[list[int]], more: int):
     return model.hidden(tokens.to(cache.keys.device), cache)[:, -1], cache
 
 
-def prompts_of(model: MARS, captions: list[list[int]], sampling: Sampling, size: list[int] = ()) -> list[list[int]]:
-    """What stands before the pictures; with guidance, then the same number of `<uncond>` twins. size: ids, Stage II."""
-    prompts = [prompt(caption, model.vocabulary, size) for caption in captions]
-    return prompts + [prompt(None, model.vocabulary, size)] * (len(captions) if sampling.cfg != 1 else 0)
+def prompts_of(model: MARS, captions: list[list[int]], sampling: Sampling, size: list[int] = (),
+               low: list[Tensor] | None = None) -> list[list[int]]:
+    """What stands before the pictures; with guidance, then the same number of `<uncond>` twins. size: its ids, from
+    Stage II on; low: codes (h, w) of each small picture, Stage III."""
+    low = low or [None] * len(captions)
+    twins = [None] * (len(captions) if sampling.cfg != 1 else 0)
+    return [prompt(caption, model.vocabulary, size, small) for caption, small in zip([*captions, *twins], low + low)]
 
 
 def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tensor:
@@ -92,17 +96,18 @@ def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tens
 
 @torch.no_grad()
 def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
-               generator: torch.Generator | None = None, size: list[int] = ()) -> Tensor:
+               generator: torch.Generator | None = None, size: list[int] = (), low: list[Tensor] | None = None) -> Tensor:
     """Captions (ids) -> codes (B, h, w). With guidance each caption and its `<uncond>` twin share one batch.
 
-    The picture's size sets how many codes are drawn; `size`, its ids, tells a Stage II model. A model of K heads draws K a forward pass (Eq. 2), each from its
-    own head. Raises ValueError where a caption is too long.
+    The picture's size sets how many codes are drawn; size and low: see `prompts_of`. A model of K heads draws K a
+    forward pass (Eq. 2), each from its own head. Raises ValueError where a caption is too long.
     """
-    prompts, length = prompts_of(model, captions, sampling, size), height * width
+    prompts, length = prompts_of(model, captions, sampling, size, low), height * width
+    heads = min(sampling.heads or model.config.ahead, model.config.ahead)
     hidden, cache = prefill(model, prompts, length)
     drawn = []                                                                   # of (B,)
     while True:
-        new = min(model.config.ahead, length - len(drawn))
+        new = min(heads, length - len(drawn))
         drawn += [draw(code_logits(model, hidden, k, sampling), sampling, generator) for k in range(1, new + 1)]
         if len(drawn) == length:
             return torch.stack(drawn, dim=1).unflatten(1, (height, width))
@@ -241,6 +246,8 @@ class Painter:
         """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
+        if self.model.config.upscale > 1:
+            raise ValueError("these weights only upscale; expected those of train.py stage1 or stage2 to draw with")
         height, width = size or self.sizes[0]
         asked = self.size_ids(height, width)
         h, w, images = height // self.vqgan.factor, width // self.vqgan.factor, []
@@ -259,6 +266,33 @@ class Painter:
             images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
         return images
 
+    @torch.no_grad()
+    def upscale(self, images, prompts: list[str], sampling: Sampling = Sampling(cfg=1.0, temperature=0.0), seed: int = 0,
+                batch: int = 64):
+        """Sec. 3.4, Stage III: RGB images and what they show -> the same, larger. Raises ValueError, one line, for
+        weights of another stage."""
+        scale = self.model.config.upscale
+        if scale == 1:
+            raise ValueError("these weights draw from prompts alone; expected those of train.py stage3 to upscale with")
+        generator, larger = torch.Generator(self.model.norm.weight.device).manual_seed(seed), [None] * len(images)
+        for height, width in self.sizes:
+            mine = [i for i, image in enumerate(images) if self.nearest_size(image) == (height, width)]
+            asked = self.size_ids(height, width)
+            for start in range(0, len(mine), batch):
+                some = mine[start:start + batch]
+                low = encode_each(self.vqgan, [to_pixels(fit(images[i], height // scale, width // scale)) for i in some])
+                captions = [self.encode_prompt(prompts[i], height * width + low[0].numel() * self.vqgan.factor ** 2)
+                            for i in some]
+                codes = draw_codes(self.model, captions, height // self.vqgan.factor, width // self.vqgan.factor, sampling,
+                                   generator, asked, low)
+                for i, pixels in zip(some, self.vqgan.decode(codes)):
+                    larger[i] = to_image(pixels)
+        return larger
+
+    def nearest_size(self, image) -> tuple[int, int]:
+        """The trained size that crops an image least."""
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0] / (image.width / image.height))))
+
     def restore(self, images, batch: int = 64):
         """Sec. 3.3, Tokenization: RGB images -> what is left of them after the codec."""
         restored = []
@@ -274,8 +308,7 @@ class Painter:
         eos = self.tokenizer.eos
         for start in range(0, len(images), batch):
             some = images[start:start + batch]
-            sizes = [min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0] / (image.width / image.height))))
-                     for image in some]                          # the trained size that crops least
+            sizes = [self.nearest_size(image) for image in some]
             codes = encode_each(self.vqgan, [to_pixels(fit(image, *size)) for image, size in zip(some, sizes)])
             shown = [captioning([], picture, self.model.vocabulary, eos, self.size_ids(*size)).tokens[:-1]
                      for picture, size in zip(codes, sizes)]
@@ -288,6 +321,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draws a picture from a prompt, or describes a picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
+    parser.add_argument("--upscale", nargs="?", const=True, metavar="IMAGE",
+                        help="Stage III: make the drawn picture larger; or this one, which shows --prompt TEXT")
+    parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
+    parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
+    parser.add_argument("--heads", type=int, default=0, metavar="K", help="Eq. 2: codes a pass when upscaling; 0: all")
     parser.add_argument("-o", "--out", default="out.png", help="PNG to write; several pictures become one grid")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures of each prompt")
@@ -304,15 +342,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--caption", metavar="IMAGE", help="describe this picture instead")
     args = parser.parse_args(arguments)
-    if bool(args.prompt) == bool(args.caption):
-        parser.error("expected a prompt or --caption IMAGE, one of the two")
+    given = isinstance(args.upscale, str)
+    if bool(args.prompt) + bool(args.caption) + given != 1:
+        parser.error("expected a prompt, --caption IMAGE or --upscale IMAGE --prompt TEXT, one of the three")
+    if given != bool(args.shows):
+        parser.error("--upscale IMAGE and --prompt TEXT belong together")
     if args.size:
         found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", args.size)
         if not found:
             parser.error(f"--size is {args.size!r}, expected HxW in pixels, such as 96x128")
         args.size = int(found[1]), int(found[2])
     for name, low, high in (("num", 1, 1024), ("best_of", 1, 1024), ("cfg", 0, 100), ("temperature", 0, 100),
-                            ("top_k", 0, 10**9), ("top_p", 1e-6, 1)):
+                            ("top_k", 0, 10**9), ("top_p", 1e-6, 1), ("heads", 0, 10**9)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
     return args
@@ -322,7 +363,16 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("generate.py"):
-        image = open_picture(args.caption) if args.caption else None
+        given = args.caption or (args.upscale if args.shows else None)
+        image = open_picture(given) if given else None
+        upscaler = None
+        if args.upscale:
+            upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", check_device(args.device))
+        detail = Sampling(cfg=1.0, temperature=0.0, heads=args.heads)
+        if args.shows:
+            save_image(upscaler.upscale([image], [args.shows], detail, args.seed)[0], args.out)
+            print(f"wrote {args.out}")
+            return
         painter = Painter.from_pretrained(args.weights, check_device(args.device))
         if image:
             print(painter.describe([image])[0])
@@ -330,6 +380,8 @@ def main(arguments: list[str] | None = None) -> None:
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
         images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=args.size)
+        if upscaler:
+            images = upscaler.upscale(images, prompts, detail, args.seed)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 

@@ -33,6 +33,7 @@ class MARSConfig(SemVIEConfig):
     ahead: int = 1                # K of Eq. 2: how many codes one position predicts
     tie_embeddings: bool = False  # True: the text head is the text embedding, as in the small Qwen2 models
     sizes: tuple[tuple[int, int], ...] = ()   # Stage II: (H, W) in pixels seen in training; (): one, never named
+    upscale: int = 1              # Stage III: how many times longer the sides are than those of the picture given
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +96,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
+        self.heads_a_step: int | None = None                          # of heads 2 to K, trained in a step; None: all
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -169,13 +171,16 @@ class MARS(nn.Module):
         chunk = chunk or max(1, LOGITS // self.vocabulary.size)
         targets = is_target[:, 1:]
         loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
-        in_picture = tokens >= self.vocabulary.text
-        for k in range(2, self.config.ahead + 1):
+        in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
+        chosen = torch.randperm(later)[:self.heads_a_step] if self.heads_a_step else torch.arange(later)
+        for k in (chosen + 2).tolist():                                # some at random: the same loss in expectation
             asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
             of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
                 rows, ids, lambda part: self.logits(self.ahead(part, k)), chunk),
                 hidden[:, :-k][asked], tokens[:, k:][asked], use_reentrant=False)
-            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1))
+            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1)) * (later / len(chosen))
+        if len(chosen) < later:                                        # all take part, or DDP would wait for them
+            loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
         return loss / self.config.ahead
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
@@ -231,6 +236,27 @@ class MARS(nn.Module):
         model._grow(codebook, generator)
         return model
 
+    @classmethod
+    def from_earlier_stage(cls, earlier: "MARS", *, ahead: int, codebook: Tensor | None = None,
+                           generator: torch.Generator | None = None) -> "MARS":
+        """Sec. 3.4, Stage III: weights of its own that start as those of Stage II, with K = `ahead` heads.
+
+        codebook: (codes, d) of another codec, as for the small sizes: the rows of its codes start anew.
+        """
+        codes = earlier.config.codes if codebook is None else len(codebook)
+        rows = ("visual_embedding.weight", "vision_head.weight")
+        with torch.device("meta"):
+            model = cls(dataclasses.replace(earlier.config, codes=codes, ahead=ahead))
+        for name, tensor in earlier.state_dict().items():
+            if (codebook is None or name not in rows) and not name.startswith("visual_ahead."):
+                model._put(name, tensor.clone())
+        model._grow(codebook, generator)
+        if codebook is not None:
+            for name in rows:                                                     # special tokens keep their meaning
+                special = earlier.get_parameter(name).data[earlier.config.codes:earlier.config.codes + 6]
+                model.get_parameter(name).data[codes:codes + 6] = special
+        return model
+
     def _put(self, name: str, tensor: Tensor) -> None:
         """Makes `tensor` the parameter `name`."""
         owner, _, leaf = name.rpartition(".")
@@ -238,11 +264,13 @@ class MARS(nn.Module):
 
     @torch.no_grad()
     def _grow(self, codebook: Tensor | None, generator: torch.Generator | None) -> None:
-        """Fills the visual side, still on the meta device, from the language side."""
+        """Fills what is still on the meta device of the visual side, from the language side."""
         text_head = self.text_embedding if self.text_head is None else self.text_head
         spread = {"visual_embedding.weight": (self.text_embedding.weight, 1.0),
                   "vision_head.weight": (text_head.weight, 0.5)}       # half: the first loss stays near equal rows'
         for name, parameter in list(self.named_parameters()):
+            if not parameter.is_meta:
+                continue
             if name in spread:
                 rows, scale = spread[name]
                 mean = sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)          # never a float32 copy

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 import corpus
 import world
 from checkpoint import write_beside
-from data import (Encoding, World, collate, encode, fit, grid, open_source, save_image, stage1_rows, text_rows, to_image,
-                  to_pixels)
+from data import (Codes, Encoding, World, collate, encode, fit, grid, open_source, psnr, save_image, stage1_rows,
+                  stage3_rows, text_rows, to_image, to_pixels)
 from distributed import Spread, whole_state
 from evaluate import accuracy, look_up
 from generate import Painter
@@ -47,7 +48,12 @@ class Preset:
     row: int = 192                # tokens in a row of pre-training text
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
-    aspects: tuple = ((6, 6), (6, 6), (6, 8), (8, 6), (6, 12), (12, 6))   # Stage II: sizes of pictures, in cells
+    codec_sizes: tuple = ((6, 6, 16),)   # what the codec trains on: rows, cols and pixels a cell, of one size in all
+    aspects: tuple = ((6, 6, 16), (6, 6, 16), (6, 8, 16), (8, 6, 16), (6, 12, 16), (12, 6, 16))   # Stage II
+    large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
+    upscale: int = 2                     # Stage III: times as long as the sides of the small ones; 4 in the paper
+    ahead: int = 4                       # Stage III: K of Eq. 2
+    heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains; None: all
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
 
@@ -61,7 +67,7 @@ class VQGANStage:
         if args.ranks.count > 1 or args.shard:
             raise ValueError("the codec trains in one process: start this stage with python, without --shard")
         self.args, self.recipe = args, args.recipe
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things)
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.codec_sizes)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
         if preset.codec.patches and not args.resume:
             n = min(20_000, len(self.source))
@@ -204,11 +210,11 @@ class Stage1(NextToken):
     def start(self) -> None:
         """Loads codec, tokenizer and language model, and grows the visual side."""
         args = self.args
-        self.vqgan = VQGAN.from_pretrained(args.vqgan, args.ranks.device)
+        self.vqgan = VQGAN.from_pretrained(args.vqgan or args.language, args.ranks.device)
         self.tokenizer = load_tokenizer(args.language)
         self.model = MARS.from_language_model(
             MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings,
-            visual_experts=not args.without_experts, route_output=args.route_output, ahead=args.ahead,
+            visual_experts=not args.without_experts, route_output=args.route_output, ahead=args.ahead or 1,
             codebook=self.vqgan.quantize.embedding.weight if self.preset.codebook_start else None,
             generator=torch.Generator().manual_seed(args.seed))
 
@@ -290,23 +296,78 @@ class Stage2(Stage1):
                                   details=("fine", "fine", "fine", "coarse"))
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
-        self.buckets = self.codes.buckets(self.codes.whole)
-        factor = self.vqgan.factor
+        self.sort()
+
+    def sort(self, **changes) -> None:
+        """Puts pictures of one size together, and notes the sizes, squares first, in the model's config."""
+        self.buckets, factor = self.codes.buckets(self.codes.whole), self.vqgan.factor
         square_first = sorted(self.buckets, key=lambda size: (size[0] != size[1], size))
         self.model.config = dataclasses.replace(
-            self.model.config, sizes=tuple((h * factor, w * factor) for h, w in square_first))
+            self.model.config, sizes=tuple((h * factor, w * factor) for h, w in square_first), **changes)
 
-    def rows(self, step: int, rng: random.Random):
+    def draw_bucket(self, rng: random.Random) -> list[int]:
         """Pictures of one size; the more there are of a size, the more often it has its turn."""
         sizes = list(self.buckets)
         size, = rng.choices(sizes, [len(self.buckets[size]) for size in sizes])
+        return self.buckets[size]
+
+    def rows(self, step: int, rng: random.Random):
+        """Pictures of one size, each with what it is used for."""
         share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
-        return stage1_rows(self.source, self.buckets[size], self.recipe.batch, rng, share)
+        return stage1_rows(self.source, self.draw_bucket(rng), self.recipe.batch, rng, share)
 
     def size_ids(self, row) -> list[int]:
         """The resolution in the caption."""
         h, w = self.codes[row.index].shape
         return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
+
+
+class Stage3(Stage2):
+    """Sec. 3.4, Stage III: the cascade. From a caption and a small picture to the large one, K codes at a time (Eq. 2),
+    with weights of its own that start as Stage II's."""
+
+    def start(self) -> None:
+        """Loads Stage II; a codec of its own, where --vqgan names another one, brings rows of its own."""
+        args, preset = self.args, self.preset
+        earlier, vqgan, self.tokenizer = load_stage(args.init, args.ranks.device)
+        self.vqgan = VQGAN.from_pretrained(args.vqgan, args.ranks.device) if args.vqgan else vqgan
+        codebook, old = self.vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight
+        self.model = MARS.from_earlier_stage(
+            earlier, ahead=args.ahead or preset.ahead, codebook=None if torch.equal(codebook, old) else codebook,
+            generator=torch.Generator().manual_seed(args.seed))
+        self.model.heads_a_step = preset.heads_a_step
+
+    def read(self) -> None:
+        """Opens the pictures, and encodes each twice: large, and small."""
+        args, preset = self.args, self.preset
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.large,
+                                  details=("fine", "fine", "fine", "coarse"))
+        side = self.vqgan.config.resolution
+        how = Encoding(side, keep_aspect=True, skip_bad=args.skip_bad)
+        self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
+        self.low = encode(self.source, self.vqgan, dataclasses.replace(how, side=side // preset.upscale),
+                          args.out / "codes-low", args.ranks)
+        self.sort(upscale=preset.upscale)
+
+    def rows(self, step: int, rng: random.Random):
+        """Pictures of one size, each with a small copy that has a few wrong codes."""
+        bucket = self.draw_bucket(rng)
+        return stage3_rows(self.source, self.low, bucket, self.recipe.batch, rng, self.args.corruption,
+                           self.vqgan.config.num_embeddings)
+
+    def sample(self, path: Path) -> dict:
+        """Makes sixteen pictures larger, and says how near they come to what they should be, beside bicubic scaling."""
+        some = [i for i in self.codes.whole if self.source.caption(i, random.Random(0))][:16]
+        if isinstance(self.source, Codes) or not some:
+            return {}
+        large = [Encoding(self.vqgan.config.resolution, keep_aspect=True).prepare(self.source.image(i), self.vqgan.factor)
+                 for i in some]
+        small = [fit(image, image.height // self.preset.upscale, image.width // self.preset.upscale) for image in large]
+        ours = self.painter.upscale(small, [self.source.caption(i, random.Random(0)) for i in some])
+        plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
+        if self.args.ranks.is_first:
+            save_image(grid([*plain[:8], *ours[:8], *large[:8]]), path.with_suffix(".png"))
+        return {"psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large)}
 
 
 def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
@@ -317,7 +378,7 @@ def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
     return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
 
 
-STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2}
+STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2, "stage3": Stage3}
 
 
 def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool) -> str:

@@ -206,6 +206,12 @@ PRESETS = {
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3),
                  "stage2": Recipe(10_000, 32, 1.5e-3)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
+    "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
+        language=small(160, 4, 5),
+        codec=VQGANConfig(**CELLS, resolution=192, num_embeddings=6144, quantized_embed_dim=96),
+        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), codec_sizes=((6, 6, 32), (12, 12, 16)),
+        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 16, 1.5e-3)},
+        pictures=12_000, ahead=16, heads_a_step=1),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
@@ -223,9 +229,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes and recipes, at the end of train.py")
     parser.add_argument("--data", default="world", help='"world", or a folder of images with metadata.jsonl')
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
-    parser.add_argument("--vqgan", default=TINY, metavar="DIR", help="stage1: the codec")
+    parser.add_argument("--vqgan", metavar="DIR", help="stage1: the codec; stage3: another one than in --init")
     parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
-    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2: what Stage I wrote")
+    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3: what the stage before wrote")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="instead of the preset's")
     parser.add_argument("--lr", type=float, help="instead of the preset's")
@@ -233,7 +239,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints")
     parser.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between sample grids")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("--ahead", type=int, default=1, metavar="K", help="Eq. 2: codes predicted a forward pass")
+    parser.add_argument("--ahead", type=int, metavar="K", help="Eq. 2: codes a pass; default: 1, stage3: the preset's")
+    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: share of wrong codes in the small picture")
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
@@ -245,6 +252,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard", action="store_true", help="under torchrun: shard all over the GPUs, as ZeRO-3 does")
     args = parser.parse_args(arguments)
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if not 0 <= args.corruption <= 1:
+        parser.error(f"--corruption is {args.corruption}, expected 0 to 1")
     for name in ("steps", "batch", "micro_batch", "ahead", "save_every", "sample_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
@@ -280,9 +289,11 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             for stage in STAGES:
                 if stage in preset.recipes:
+                    before = {"stage2": "stage1", "stage3": "stage2"}.get(stage)
+                    init = args.out / before if before in preset.recipes else args.init
                     run_stage(argparse.Namespace(**{
                         **vars(args), "stage": stage, "out": args.out / stage, "vqgan": args.out / "vqgan",
-                        "language": args.out / "text", "init": args.out / "stage1"}), preset)
+                        "language": args.out / "text", "init": init}), preset)
         stop()
 
 

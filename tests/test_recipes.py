@@ -74,9 +74,10 @@ def test_every_title_agrees_with_its_steps_and_names_things_in_their_order(monke
 def test_a_title_disagrees_with_steps_that_lead_elsewhere():
     for steps in (ENGLISH, CHINESE):
         for title in ("how to draw a red circle above a blue square", "怎样画蓝色方形上方的红色圆形",
-                      "HOW TO DRAW a red circle and a blue square", "a large red circle and a solid blue square on a white background"):
+                      "HOW TO DRAW a red circle and a blue square",
+                      "a large red circle and a solid blue square on a white background"):
             assert agrees(title, steps), title
-        for title in ("a green circle above a blue square", "a red star above a blue square", "a red circle",
+        for title in ("a green circle above a blue square", "a red star above a blue square", "a blue square",
                       "a red circle below a blue square", "a red circle left of a blue square",
                       "a small red circle above a blue square", "a dotted red circle above a blue square",
                       "a red circle above a blue square on a black background", "怎样画蓝色方形下方的红色圆形",
@@ -118,6 +119,7 @@ def test_a_text_that_is_no_numbered_list_is_refused_in_one_line(text):
     ((ENGLISH[0], "draw a small solid blue square below."), "step 2.*lacks its second thing"),
     ((ENGLISH[0], "draw a small solid blue square below the dotted red circle."), "step 2.*both dotted and striped"),
     ((*ENGLISH, "draw a small solid pink star. the red circle is left of the blue square."), "step 3.*one new"),
+    ((*ENGLISH, "draw a small solid pink star left of the red circle and above the blue square."), "step 3.*one new"),
     ((CHINESE[0], "在红色圆形的下方画一个小号纯色的蓝色方形，背景是黑色。"), "step 2.*two backgrounds")])
 def test_a_step_that_does_not_say_what_to_add_is_refused_in_one_line(steps, why):
     with pytest.raises(ValueError, match=why) as error:
