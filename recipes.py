@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from urllib.parse import quote
 
-from world import CHINESE, GROUNDS, INVERSE, LANGUAGES, RELATIONS, Claim, Scene, _phrase, parse, sample_scene
+from world import CHINESE, GROUNDS, INVERSE, LANGUAGES, RELATIONS, Claim, Scene, phrase, parse, sample_scene
 
 OPENINGS = {"en": ("how to draw ", "steps to draw "), "zh": ("怎样画", "如何画")}
 # As in world.TEMPLATES. A title names X, Y and Z in the order in which they are drawn, so that it settles the steps.
@@ -57,8 +57,8 @@ def _title(scene, rng, language):
     words = {}
     for name, thing in zip("XYZ", scene.things):
         said = [word for word in (thing.size, thing.texture) if rng.random() < 0.3]
-        words[name] = _phrase([*said, thing.colour, thing.shape], language, "a")
-        words[name.lower()] = _phrase([thing.colour, thing.shape], language, "the")
+        words[name] = phrase([*said, thing.colour, thing.shape], language, "a")
+        words[name.lower()] = phrase([thing.colour, thing.shape], language, "the")
     for (name, other), relation in zip(("pi", "qj"), scene.relations):  # i and j: the same, told from the other side
         words[name] = rng.choice(RELATIONS[language][relation])
         words[other] = rng.choice(RELATIONS[language][INVERSE[relation]])
@@ -71,11 +71,11 @@ def _title(scene, rng, language):
 def _step(scene, language):
     """The step that draws the last thing of a scene."""
     thing = scene.things[-1]
-    words = {"X": _phrase([thing.size, thing.texture, thing.colour, thing.shape], language, "a"),
+    words = {"X": phrase([thing.size, thing.texture, thing.colour, thing.shape], language, "a"),
              "g": _word(scene.background, language)}
     if scene.relations:
         before = scene.things[-2]
-        words["w"] = _phrase([before.colour, before.shape], language, "the")
+        words["w"] = phrase([before.colour, before.shape], language, "the")
         words["r"] = RELATIONS[language][INVERSE[scene.relations[-1]]][0]
     return STEPS[language][len(scene.things) > 1].format(**words)
 

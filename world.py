@@ -279,8 +279,8 @@ def caption(scene: Scene, rng: random.Random, language: str, detail: str) -> str
     for name, thing in zip("XYZ", things):
         short = (thing.colour, thing.shape)
         full = [thing.size] * said(0.3) + [thing.texture] * said(0.3) + [*short]
-        words[name] = _phrase(full, language, "a")
-        words[name.lower()] = _phrase(short, language, "the")
+        words[name] = phrase(full, language, "a")
+        words[name.lower()] = phrase(short, language, "the")
     # p and q relate X to Y and Y to Z; i and j are the same, told from the other side
     for (name, other), relation in zip(("pi", "qj"), relations):
         words[name] = rng.choice(RELATIONS[language][relation])
@@ -292,8 +292,8 @@ def caption(scene: Scene, rng: random.Random, language: str, detail: str) -> str
     return text
 
 
-def _phrase(words, language, article):
-    """['large', 'striped', 'red', 'circle'] -> 'a large striped red circle' or '大号条纹的红色圆形'."""
+def phrase(words: list[str], language: str, article: str) -> str:
+    """What a thing is called: ['large', 'striped', 'red', 'circle'] -> 'a large striped red circle' or '大号条纹的红色圆形'."""
     if language == "zh":
         return "".join(CHINESE[word] + "的" * (word in TEXTURES) for word in words)
     if article == "a" and words[0][0] in "aeiou":
