@@ -7,20 +7,23 @@ Not in the paper, whose tables need CLIP, Inception and human eyes: here a check
 import argparse
 import math
 import random
+import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import corpus
 import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
-from data import text_rows
+from data import psnr, text_rows
 from generate import TINY, Painter, Sampling, check_device, write_text
 from mars import MARS
 from tokenizer import Tokenizer
 
+CELL = 16              # pixels a cell of the rendered world, in all stages but the third
 SPLITS = {"seen pairs": "train", "unseen combinations": "held_out_combination", "held-out pairs": "held_out_pair"}
 
 
@@ -38,12 +41,16 @@ def counted(what: dict, marks: list[bool]) -> dict:
     return {**what, "right": right, "n": n, "share": right / n, "low": low, "high": high}
 
 
-def questions(split: str, n: int, seed: int, things: int | None = None) -> list[tuple[world.Scene, str, str]]:
-    """n scenes of a split with a caption and its language, by turns English and Chinese, coarse and fine."""
+def questions(split: str, n: int, seed: int, things: int | None = None,
+              size: tuple[int, int] = (96, 96)) -> list[tuple[world.Scene, str, str]]:
+    """n scenes of a split with a caption and its language, by turns English and Chinese, coarse and fine.
+
+    size: (H, W) in pixels; with that of the pictures themselves the scenes fit.
+    """
     rng = random.Random(f"{seed}/{split}")
     asked = []
     for i in range(n):
-        scene = world.sample_scene(rng, split, things)
+        scene = world.sample_scene(rng, split, things, size[0] // CELL, size[1] // CELL)
         language = world.LANGUAGES[i % 2]
         asked.append((scene, world.caption(scene, rng, language, world.DETAILS[i // 2 % 2]), language))
     return asked
@@ -56,18 +63,19 @@ def accuracy(images, texts: list[str]) -> dict[str, float]:
     return {key: sum(marks) / len(marks) for key, marks in said.items() if marks}
 
 
-def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None,
-            best_of: int = 1) -> list[dict]:
+def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None, best_of: int = 1,
+            size: tuple[int, int] | None = None, splits=tuple(SPLITS)) -> list[dict]:
     """Draws n prompts of each split and checks the pictures -> rows by split, language and attribute."""
     rows, task = [], "drawing" if best_of == 1 else f"best of {best_of}"
-    for name, split in SPLITS.items():
-        if split == "held_out_combination" and things == 1:
+    task += f" {size[0]}x{size[1]}" if size else ""
+    for name in splits:
+        if name == "unseen combinations" and things == 1:
             continue
-        asked = questions(split, n, seed, things)
+        asked = questions(SPLITS[name], n, seed, things, size or painter.sizes[0])
         images = []
         for start in tqdm(range(0, n, 50), desc=f"{task}, {name}", unit="batch"):
             texts = [text for _, text, _ in asked[start:start + 50]]
-            images += painter.paint(texts, sampling, seed + start, best_of=best_of)
+            images += painter.paint(texts, sampling, seed + start, best_of=best_of, size=size)
         found = [(language, check(image, world.parse(text))) for image, (_, text, language) in zip(images, asked)]
         for language in ("en", "zh", "both"):
             for key in KEYS:
@@ -88,7 +96,7 @@ def true_of(claim: world.Claim, scene: world.Scene) -> bool:
 
 def reading(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
     """Captions n renders of unseen scenes of seen pairs -> the row of exact ones: true throughout, naming all."""
-    scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things)]
+    scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things, painter.sizes[0])]
     marks = []
     for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes])):
         try:
@@ -101,11 +109,47 @@ def reading(painter: Painter, n: int, seed: int, things: int | None) -> list[dic
 def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
     """Passes n renders of unseen scenes through the codec -> rows by attribute that is still right."""
     rng = random.Random(f"{seed}/codec")
-    scenes = [world.sample_scene(rng, "any", things) for _ in range(n)]
+    height, width = painter.sizes[0]
+    scenes = [world.sample_scene(rng, "any", things, height // CELL, width // CELL) for _ in range(n)]
     restored = painter.restore([world.render(scene) for scene in scenes])
     found = [check(image, world.claim_of(scene)) for image, scene in zip(restored, scenes)]
     return [counted({"task": "codec", "split": "all pairs", "language": "-", "what": key}, marks)
             for key in KEYS if (marks := [row[key] for row in found if row[key] is not None])]
+
+
+def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: Sampling) -> list[dict]:
+    """Sec. 3.4, Stage III: n renders of unseen scenes made larger, by K codes a pass, and so are the model's own
+    pictures -> a row for each K: PSNR in dB against the large render, beside bicubic scaling of the small one; shares
+    that the checker passes; forward passes after the prompt's; seconds a picture."""
+    scale, rows = upscaler.model.config.upscale, []
+    asked = questions("train", n, seed, None, painter.sizes[0])
+    texts = [text for _, text, _ in asked]
+    small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))
+    drawn = painter.paint(texts, sampling, seed)
+    right = lambda images, cell: sum(check(image, world.parse(text), cell)["all"] for image, text in zip(images, texts)) / n
+    plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
+    codes = large[0].width * large[0].height // upscaler.vqgan.factor ** 2
+    for k in sorted({k for k in (1, 4, 16) if k <= upscaler.model.config.ahead} | {upscaler.model.config.ahead}):
+        detail = Sampling(cfg=1.0, temperature=0.0, heads=k)
+        started = time.perf_counter()
+        ours = upscaler.upscale(small, texts, detail)
+        seconds = time.perf_counter() - started
+        rows.append({"heads": k, "psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large),
+                     "psnr_codec": psnr(upscaler.restore(large), large), "right": right(ours, CELL * scale),
+                     "drawn_right": right(drawn, CELL), "drawn_upscaled_right":
+                     right(upscaler.upscale(drawn, texts, detail), CELL * scale), "passes": -(-codes // k) - 1,
+                     "seconds": seconds / n})
+    return rows
+
+
+def show_cascade(rows: list[dict]) -> str:
+    """The rows of `cascading` as a table."""
+    lines = [f"{'Stage III':12}{'PSNR':>8}{'bicubic':>9}{'codec':>8}{'right':>8}{'drawn':>8}{'larger':>8}{'passes':>8}{'s each':>8}"]
+    for row in rows:
+        lines.append(f"{'K = ' + str(row['heads']):12}{row['psnr']:8.1f}{row['psnr_bicubic']:9.1f}{row['psnr_codec']:8.1f}"
+                     f"{100 * row['right']:8.1f}{100 * row['drawn_right']:8.1f}{100 * row['drawn_upscaled_right']:8.1f}"
+                     f"{row['passes']:8}{row['seconds']:8.3f}")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -182,6 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
         if args.best_of > 1:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)
+        for size in painter.sizes[1:]:
+            rows += drawing(painter, args.prompts, args.seed, sampling, args.things, size=size, splits=["seen pairs"])
         rows += reading(painter, args.prompts, args.seed, args.things)
         rows += restoring(painter, 500, args.seed, args.things)
         share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)
@@ -189,6 +235,10 @@ def main(arguments: list[str] | None = None) -> None:
                   "text_perplexity": perplexity(painter.model, painter.tokenizer, 64, args.seed, args.things),
                   "text_look_up": share}
         print(show(rows))
+        if (args.weights / "stage3").is_dir():
+            upscaler = Painter.from_pretrained(args.weights / "stage3", args.device)
+            report["cascade"] = cascading(painter, upscaler, min(args.prompts, 100), args.seed, sampling)
+            print(show_cascade(report["cascade"]))
         print(f"text: perplexity {report['text_perplexity']:.3f}, questions answered {100 * share:.1f}%")
         write_json(args.out, report)
         print(f"wrote {args.out}")

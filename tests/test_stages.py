@@ -1,0 +1,206 @@
+"""Claims about Stages II and III (paper Sec. 3.4): aspect ratios, sizes in captions, filters, the cascade."""
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import generate
+import stages
+import test_train
+import train
+from data import Filters, Folder, Row, psnr, size_of, size_text, stage3_rows
+from generate import Painter, Sampling
+from mars import MARS, is_visual
+from test_data import IMG, END, UNCOND, VOCABULARY, CODES, tokenizer                                      # noqa: F401
+from train import PRESETS, Recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The --out of every stage, a few steps each, in one command."""
+    out = tmp_path_factory.mktemp("runs")
+    small = test_train.small_preset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "test", dataclasses.replace(
+            small, aspects=((4, 4, 16), (4, 6, 16), (8, 4, 16)), large=((4, 4, 32),), ahead=4, heads_a_step=1,
+            recipes=small.recipes | {"stage2": Recipe(4, 8, 1e-3), "stage3": Recipe(4, 4, 1e-3)}))
+        train.main(["all", "--preset", "test", "--out", str(out), "--sample-every", "4"])
+    return out
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that generate.py ends with."""
+    with pytest.raises(SystemExit) as stop:
+        generate.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message.strip().splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------- Stage II
+
+@pytest.mark.parametrize("image, expected", [
+    ((640, 480), (256, 336)), ((480, 640), (336, 256)), ((512, 512), (256, 256)), ((1000, 100), (256, 512)),
+    ((100, 1000), (512, 256)), ((31, 30), (256, 272))])
+def test_the_shorter_side_is_fixed_the_ratio_kept_up_to_2_and_sides_are_multiples_of_the_factor(image, expected):
+    assert size_of(Image.new("RGB", image), 256, 16) == expected
+
+
+def test_the_size_stands_between_caption_and_picture_also_where_the_caption_is_dropped():
+    size = [7, 8]
+    assert data.text_to_image([5], CODES, VOCABULARY, size).tokens[:4] == [5, 7, 8, IMG]
+    dropped = data.text_to_image(None, CODES, VOCABULARY, size)
+    assert dropped.tokens[:4] == [UNCOND, 7, 8, IMG] and not any(dropped.is_target[:3])
+    assert data.captioning([5], CODES, VOCABULARY, 1, size).tokens[:3] == [7, 8, IMG]
+    assert size_text(96, 128) == " 96x128"
+
+
+def test_every_size_asked_for_is_the_size_written(runs, tmp_path):
+    painter = Painter.from_pretrained(runs / "stage2")
+    assert set(painter.sizes) == {(96, 96), (96, 144), (192, 96)} and painter.sizes[0] == (96, 96)
+    for height, width in painter.sizes:
+        out = tmp_path / f"{height}.png"
+        generate.main(["a red circle", "--weights", str(runs / "stage2"), "--size", f"{height}x{width}", "-o", str(out)])
+        assert Image.open(out).size == (width, height)
+    assert isinstance(painter.describe([Image.new("RGB", (90, 200)), Image.new("RGB", (50, 50))])[1], str)
+
+
+def test_an_untrained_or_impossible_size_is_refused_with_a_list_of_what_there_is(runs, capsys):
+    message = refused(capsys, "a red circle", "--weights", runs / "stage2", "--size", "96x97")
+    assert "size 96x97: expected one that these weights were trained on" in message and "96x96, 96x144, 192x96" in message
+    assert "--size is 'wide', expected HxW" in refused(capsys, "a red circle", "--size", "wide")
+    assert "size 96x144" in refused(capsys, "a red circle", "--weights", runs / "stage1", "--size", "96x144")
+
+
+def test_stage_ii_goes_on_from_stage_i_with_the_language_untouched_and_batches_of_one_size(runs):
+    before, after = (MARS.from_pretrained(runs / stage).state_dict() for stage in ("stage1", "stage2"))
+    assert all(torch.equal(before[name], after[name]) for name in after if not is_visual(name))
+    assert any(not torch.equal(before[name], after[name]) for name in after if is_visual(name))
+    codes = data.Codes(runs / "stage2" / "codes")
+    buckets = codes.buckets(codes.whole)
+    assert sum(map(len, buckets.values())) == len(codes) and len(buckets) == 3
+    assert all(codes[i].shape == size for size, rows in buckets.items() for i in rows)
+
+
+def test_pictures_of_several_sizes_are_encoded_as_each_alone_would_be(runs):
+    painter = Painter.from_pretrained(runs / "stage2")
+    pictures = [torch.rand(3, 16 * h, 16 * w, generator=torch.Generator().manual_seed(h)) for h, w in ((1, 2), (2, 1), (1, 2))]
+    for codes, pixels in zip(data.encode_each(painter.vqgan, pictures), pictures):
+        assert torch.equal(codes, painter.vqgan.encode(pixels[None])[0])
+
+
+def test_filters_drop_count_and_name_what_they_drop(tmp_path, capsys):
+    for name, size in (("a", (96, 96)), ("b", (40, 96)), ("c", (96, 400)), ("d", (96, 96)), ("e", (96, 96))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    lines = [{"file_name": f"{name}.png", "text": name} for name in "abcde"]
+    lines[3]["clip_score"], lines[4]["aesthetic"] = 0.1, 3
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data.main(["encode", "--data", str(tmp_path), "--out", str(tmp_path / "codes"), "--min-side", "64", "--max-ratio",
+               "2.5", "--min-clip-score", "0.2", "--min-aesthetic", "4.5"])
+    printed = capsys.readouterr().out
+    for why in ("side", "ratio", "clip_score", "aesthetic"):
+        assert f"1 of 5 pictures left out, filtered by {why};" in printed
+    assert data.Codes(tmp_path / "codes").whole == [0]
+    lines[0]["clip_score"] = "high"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match='line 1: "clip_score" is \'high\', expected a number'):
+        Folder(tmp_path)
+
+
+def test_a_score_that_the_manifest_lacks_is_not_held_against_a_picture():
+    filters = Filters(min_clip_score=0.3)
+    assert filters.reason(Image.new("RGB", (9, 9)), {}) is None
+    assert filters.reason(Image.new("RGB", (9, 9)), {"clip_score": 0.2}) == "clip_score"
+
+
+# ----------------------------------------------------------------------------- Stage III
+
+def test_the_cascade_reads_caption_size_and_small_picture_and_is_asked_for_the_large_one():
+    small = np.array([[1]])
+    sequence = data.text_to_image([5], CODES, VOCABULARY, [7], small)
+    assert sequence.tokens == [5, 7, IMG, 43, END, IMG, 45, 43, 42, 44, END]
+    assert sequence.is_target == [False] * 5 + [True] * 6
+
+
+@pytest.mark.parametrize("corruption", [0.0, 0.25])
+def test_a_set_share_of_the_small_pictures_codes_is_corrupted(corruption):
+    low = [np.full((20, 20), 7, np.uint16)] * 3
+    source = data.World(3, seed=0)
+    rows = stage3_rows(source, low, [0, 1, 2], 8, random.Random(0), corruption, codes=1000)
+    changed = np.mean([row.low != 7 for row in rows])
+    assert abs(changed - corruption) < 0.03 and (corruption or not changed) and all(map(np.all, [a == 7 for a in low]))
+    assert isinstance(rows[0], Row) and not rows[0].is_captioning
+
+
+def test_the_cascade_starts_as_stage_ii_and_rows_of_another_codebook_start_anew(mars):
+    same = MARS.from_earlier_stage(mars, ahead=3)
+    tokens = torch.tensor([[1, 2, 50, 43, 44]])
+    assert torch.equal(same(tokens), mars(tokens)) and len(same.visual_ahead) == 2
+    other = MARS.from_earlier_stage(mars, ahead=1, codebook=torch.randn(30, 8), generator=torch.Generator())
+    assert other.vocabulary.codes == 30
+    assert torch.equal(other.visual_embedding.weight[30:36], mars.visual_embedding.weight[16:22])      # special tokens
+    assert torch.equal(other(torch.tensor([[1, 2]]))[..., :42], mars(torch.tensor([[1, 2]]))[..., :42])
+
+
+def test_some_heads_a_step_cost_the_same_loss_in_expectation_and_leave_none_without_gradient(mars):
+    model = MARS.from_earlier_stage(mars, ahead=4)
+    tokens = torch.tensor([[1, 58, 45, 43, 42, 44, 45, 59]])
+    is_target = tokens >= 42
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.visual_ahead.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    whole = model.loss(tokens, is_target).item()
+    model.heads_a_step = 1
+    torch.manual_seed(0)
+    found = [model.loss(tokens, is_target).item() for _ in range(300)]
+    assert np.std(found) > 0 and abs(np.mean(found) - whole) < 4 * np.std(found) / 300 ** 0.5
+    model.loss(tokens, is_target).backward()
+    assert all(parameter.grad is not None for parameter in model.visual_ahead.parameters())
+
+
+def test_a_picture_drawn_or_given_comes_out_larger(runs, tmp_path, capsys):
+    out, weights = tmp_path / "large.png", ["--weights", str(runs / "stage2"), "--cascade", str(runs / "stage3")]
+    generate.main(["a red circle", "--upscale", *weights, "-o", str(out)])
+    assert Image.open(out).size == (96, 96)                     # the test's codec has 96 pixels for the large picture
+    Image.new("RGB", (33, 20), "blue").save(tmp_path / "mine.png")
+    for heads in ("1", "3", "0"):                               # 3 does not divide 36
+        generate.main(["--upscale", str(tmp_path / "mine.png"), "--prompt", "a red circle", *weights, "-o", str(out),
+                       "--heads", heads])
+        assert Image.open(out).size == (96, 96)
+    assert "belong together" in refused(capsys, "--upscale", tmp_path / "mine.png")
+    assert "stage3: not found" in refused(capsys, "a red circle", "--upscale", "--weights", runs / "stage2")
+    assert "expected those of train.py stage3" in refused(
+        capsys, "a red circle", "--upscale", "--weights", runs / "stage2", "--cascade", runs / "stage1")
+    assert "these weights only upscale" in refused(capsys, "a red circle", "--weights", runs / "stage3")
+
+
+def test_one_head_draws_as_head_1_alone_and_the_seed_decides(runs):
+    painter = Painter.from_pretrained(runs / "stage3")
+    image, hot = Image.new("RGB", (48, 48), "red"), Sampling(cfg=1.0, temperature=2.0)
+    first, again, other = (painter.upscale([image], ["x"], hot, seed=seed)[0].tobytes() for seed in (0, 0, 1))
+    assert first == again != other
+    single = MARS(dataclasses.replace(painter.model.config, ahead=1))
+    single.load_state_dict({k: v for k, v in painter.model.state_dict().items() if "ahead" not in k})
+    alone = Painter(single, painter.vqgan, painter.tokenizer, painter.side)
+    one = Sampling(cfg=1.0, temperature=0.0, heads=1)
+    assert alone.upscale([image], ["x"], one)[0].tobytes() == painter.upscale([image], ["x"], one)[0].tobytes()
+
+
+def test_psnr_is_the_mean_over_pictures_and_rounding_is_its_floor():
+    grey = [Image.new("RGB", (4, 4), (v, v, v)) for v in (10, 20, 20)]
+    assert psnr(grey[:1], grey[1:2]) == pytest.approx(10 * np.log10(255 ** 2 / 100))
+    assert psnr(grey[1:2], grey[2:]) == pytest.approx(58.92, abs=0.01)
+
+
+def test_stage_iii_says_how_near_it_comes_beside_bicubic_scaling(runs):
+    last = test_train.lines(runs / "stage3")[-1]
+    assert last["psnr_bicubic"] > 10 and last["psnr"] > 0
+    assert (runs / "stage3" / "samples" / "000004.png").is_file()
+    assert stages.STAGES["stage3"] is stages.Stage3
