@@ -26,7 +26,8 @@ ASKED = {"en": {"left": "to the left of", "right": "to the right of", "above": "
 QUESTIONS = {
     "en": {"colour": "what colour is the {}?", "shape": "what shape is {}?", "size": "is the {} small or large?",
            "texture": "is the {} solid, striped or dotted?", "count": "how many things are there?",
-           "background": "what is the background?", "relation": "what is {r} the {}?", "order": "what do you see, in reading order?"},
+           "background": "what is the background?", "relation": "what is {r} the {}?",
+           "order": "what do you see, in reading order?"},
     "zh": {"colour": "{}是什么颜色？", "shape": "{}的是什么形状？", "texture": "{}是纯色、条纹还是波点？",
            "size": "{}是大号还是小号？", "count": "一共有几个？", "background": "背景是什么颜色？",
            "relation": "{}的{r}是什么？", "order": "依次看到什么？"}}

@@ -255,7 +255,8 @@ class Folder(Listed):
     """A folder of images with `metadata.jsonl` (the imagefolder convention) as a source.
 
     A line is {"file_name": "cat.jpg", "text": "a cat"}; text may also be a list to draw from, or "" for a picture
-    without a caption; "clip_score" and "aesthetic" may be there for Filters. Raises ValueError, one line with file and line number, for anything else.
+    without a caption; "clip_score" and "aesthetic" may be there for Filters. Raises ValueError, one line with file
+    and line number, for anything else.
     """
 
     def __init__(self, directory: str | Path):
@@ -523,7 +524,8 @@ class Row:
     is_captioning: bool = False
     low: np.ndarray | None = None  # Stage III: codes (h, w) of the same picture, smaller
 
-    def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary, size: list[int] = ()) -> Sequence:
+    def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary,
+                 size: list[int] = ()) -> Sequence:
         """The row as tokens, given the picture's codes (h, w) and, from Stage II on, the ids of its size."""
         ids = None if self.text is None else tokenizer.encode(self.text)
         if self.is_captioning:

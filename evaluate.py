@@ -5,6 +5,7 @@
 Not in the paper, whose tables need CLIP, Inception and human eyes: here a checker decides from pixels alone.
 """
 import argparse
+import dataclasses
 import math
 import random
 import time
@@ -19,7 +20,7 @@ import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
-from generate import TINY, Painter, Sampling, check_device, write_text
+from generate import DETAIL, TINY, Painter, Sampling, check_device, write_text
 from mars import MARS
 from tokenizer import Tokenizer
 
@@ -126,11 +127,12 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
     texts = [text for _, text, _ in asked]
     small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))
     drawn = painter.paint(texts, sampling, seed)
-    right = lambda images, cell: sum(check(image, world.parse(text), cell)["all"] for image, text in zip(images, texts)) / n
+    claims = [world.parse(text) for text in texts]
+    right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, claims)) / n
     plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
     codes = large[0].width * large[0].height // upscaler.vqgan.factor ** 2
     for k in sorted({k for k in (1, 4, 16) if k <= upscaler.model.config.ahead} | {upscaler.model.config.ahead}):
-        detail = Sampling(cfg=1.0, temperature=0.0, heads=k)
+        detail = dataclasses.replace(DETAIL, heads=k)
         started = time.perf_counter()
         ours = upscaler.upscale(small, texts, detail)
         seconds = time.perf_counter() - started
@@ -144,11 +146,13 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
 
 def show_cascade(rows: list[dict]) -> str:
     """The rows of `cascading` as a table."""
-    lines = [f"{'Stage III':12}{'PSNR':>8}{'bicubic':>9}{'codec':>8}{'right':>8}{'drawn':>8}{'larger':>8}{'passes':>8}{'s each':>8}"]
+    head = ("Stage III", "PSNR", "bicubic", "codec", "right", "drawn", "larger", "passes", "s each")
+    lines = ["".join(f"{name:>9}" for name in head)]
     for row in rows:
-        lines.append(f"{'K = ' + str(row['heads']):12}{row['psnr']:8.1f}{row['psnr_bicubic']:9.1f}{row['psnr_codec']:8.1f}"
-                     f"{100 * row['right']:8.1f}{100 * row['drawn_right']:8.1f}{100 * row['drawn_upscaled_right']:8.1f}"
-                     f"{row['passes']:8}{row['seconds']:8.3f}")
+        decibels = [f"{row[key]:9.1f}" for key in ("psnr", "psnr_bicubic", "psnr_codec")]
+        shares = [f"{100 * row[key]:9.1f}" for key in ("right", "drawn_right", "drawn_upscaled_right")]
+        lines.append("".join((f"{'K = ' + str(row['heads']):>9}", *decibels, *shares, f"{row['passes']:9}",
+                              f"{row['seconds']:9.3f}")))
     return "\n".join(lines)
 
 

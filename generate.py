@@ -6,6 +6,7 @@
 Shapes: B prompts, T tokens, V_t and V_v vocabularies, (h, w) latent grid.
 """
 import argparse
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import one_line_errors, read_json
+from checkpoint import one_line_errors
 from data import (captioning, collate, encode_each, fit, grid, open_picture, prompt, save_image, size_text, to_image,
                   to_pixels)
 from mars import MARS
@@ -32,6 +33,9 @@ class Sampling:
     top_k: int = 50               # draw among the k likeliest tokens; 0: among all
     top_p: float = 0.9            # draw among the likeliest tokens that hold this share of probability; 1: among all
     heads: int = 0                # of a model of K heads, how many draw in one pass; 0: all K
+
+
+DETAIL = Sampling(cfg=1.0, temperature=0.0)      # Stage III adds what is certain, not what is new
 
 
 # ----------------------------------------------------------------------------- drawing one token
@@ -96,7 +100,8 @@ def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tens
 
 @torch.no_grad()
 def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
-               generator: torch.Generator | None = None, size: list[int] = (), low: list[Tensor] | None = None) -> Tensor:
+               generator: torch.Generator | None = None, size: list[int] = (),
+               low: list[Tensor] | None = None) -> Tensor:
     """Captions (ids) -> codes (B, h, w). With guidance each caption and its `<uncond>` twin share one batch.
 
     The picture's size sets how many codes are drawn; size and low: see `prompts_of`. A model of K heads draws K a
@@ -241,8 +246,9 @@ class Painter:
               verify: bool = False, best_of: int = 1, size: tuple[int, int] | None = None):
         """Prompts -> RGB images; the same prompts, settings and seed give the same pictures.
 
-        size: (H, W) in pixels, one of `sizes`; default: the first. verify: head 1 checks what the other heads of a model with K > 1 draft. best_of: how many to draw for each
-        prompt, of which the one stays that makes its prompt likeliest as a caption (Sec. 4, MARS*).
+        size: (H, W) in pixels, one of `sizes`; default: the first. verify: head 1 checks what the other heads of a
+        model with K > 1 draft. best_of: how many to draw for each prompt, of which the one stays that makes its
+        prompt likeliest as a caption (Sec. 4, MARS*).
         """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -267,26 +273,24 @@ class Painter:
         return images
 
     @torch.no_grad()
-    def upscale(self, images, prompts: list[str], sampling: Sampling = Sampling(cfg=1.0, temperature=0.0), seed: int = 0,
-                batch: int = 64):
+    def upscale(self, images, prompts: list[str], sampling: Sampling = DETAIL, seed: int = 0, batch: int = 64):
         """Sec. 3.4, Stage III: RGB images and what they show -> the same, larger. Raises ValueError, one line, for
         weights of another stage."""
-        scale = self.model.config.upscale
+        scale, factor = self.model.config.upscale, self.vqgan.factor
         if scale == 1:
             raise ValueError("these weights draw from prompts alone; expected those of train.py stage3 to upscale with")
         generator, larger = torch.Generator(self.model.norm.weight.device).manual_seed(seed), [None] * len(images)
         for height, width in self.sizes:
-            mine = [i for i, image in enumerate(images) if self.nearest_size(image) == (height, width)]
             asked = self.size_ids(height, width)
-            for start in range(0, len(mine), batch):
-                some = mine[start:start + batch]
-                low = encode_each(self.vqgan, [to_pixels(fit(images[i], height // scale, width // scale)) for i in some])
-                captions = [self.encode_prompt(prompts[i], height * width + low[0].numel() * self.vqgan.factor ** 2)
-                            for i in some]
-                codes = draw_codes(self.model, captions, height // self.vqgan.factor, width // self.vqgan.factor, sampling,
-                                   generator, asked, low)
-                for i, pixels in zip(some, self.vqgan.decode(codes)):
-                    larger[i] = to_image(pixels)
+            mine = [i for i, image in enumerate(images) if self.nearest_size(image) == (height, width)]
+            for some in (mine[start:start + batch] for start in range(0, len(mine), batch)):
+                small = [to_pixels(fit(images[i], height // scale, width // scale)) for i in some]
+                pixels = height * width + small[0][0].numel()
+                captions = [self.encode_prompt(prompts[i], pixels) for i in some]
+                codes = draw_codes(self.model, captions, height // factor, width // factor, sampling, generator, asked,
+                                   encode_each(self.vqgan, small))
+                for i, image in zip(some, self.vqgan.decode(codes)):
+                    larger[i] = to_image(image)
         return larger
 
     def nearest_size(self, image) -> tuple[int, int]:
@@ -368,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
         upscaler = None
         if args.upscale:
             upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", check_device(args.device))
-        detail = Sampling(cfg=1.0, temperature=0.0, heads=args.heads)
+        detail = dataclasses.replace(DETAIL, heads=args.heads)
         if args.shows:
             save_image(upscaler.upscale([image], [args.shows], detail, args.seed)[0], args.out)
             print(f"wrote {args.out}")

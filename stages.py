@@ -48,7 +48,7 @@ class Preset:
     row: int = 192                # tokens in a row of pre-training text
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
-    codec_sizes: tuple = ((6, 6, 16),)   # what the codec trains on: rows, cols and pixels a cell, of one size in all
+    sizes: tuple = ((6, 6, 16),)         # codec and Stage I: rows, cols and pixels a cell
     aspects: tuple = ((6, 6, 16), (6, 6, 16), (6, 8, 16), (8, 6, 16), (6, 12, 16), (12, 6, 16))   # Stage II
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     upscale: int = 2                     # Stage III: times as long as the sides of the small ones; 4 in the paper
@@ -67,7 +67,7 @@ class VQGANStage:
         if args.ranks.count > 1 or args.shard:
             raise ValueError("the codec trains in one process: start this stage with python, without --shard")
         self.args, self.recipe = args, args.recipe
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.codec_sizes)
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
         if preset.codec.patches and not args.resume:
             n = min(20_000, len(self.source))
@@ -155,7 +155,8 @@ class TextStage(NextToken):
         else:
             self.document = lambda rng: source.caption(rng.randrange(len(source)), rng) or ""
         rng = random.Random(f"{args.seed}/tokenizer")
-        self.tokenizer = Tokenizer.train([self.document(rng) for _ in range(preset.documents)], preset.language.text_vocab)
+        texts = [self.document(rng) for _ in range(preset.documents)]
+        self.tokenizer = Tokenizer.train(texts, preset.language.text_vocab)
         self.config = dataclasses.replace(preset.language, text_vocab=len(self.tokenizer))
         self.model = MARS(self.config).initialise(torch.Generator().manual_seed(args.seed))
         self.spread()
@@ -221,7 +222,7 @@ class Stage1(NextToken):
     def read(self) -> None:
         """Opens the pictures, and encodes them once."""
         args, preset = self.args, self.preset
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things)
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
         self.codes = encode(self.source, self.vqgan, Encoding(self.vqgan.config.resolution, skip_bad=args.skip_bad),
                             args.out / "codes", args.ranks)
         whole = set(self.codes.whole)
@@ -360,8 +361,8 @@ class Stage3(Stage2):
         some = [i for i in self.codes.whole if self.source.caption(i, random.Random(0))][:16]
         if isinstance(self.source, Codes) or not some:
             return {}
-        large = [Encoding(self.vqgan.config.resolution, keep_aspect=True).prepare(self.source.image(i), self.vqgan.factor)
-                 for i in some]
+        how = Encoding(self.vqgan.config.resolution, keep_aspect=True)
+        large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
         small = [fit(image, image.height // self.preset.upscale, image.width // self.preset.upscale) for image in large]
         ours = self.painter.upscale(small, [self.source.caption(i, random.Random(0)) for i in some])
         plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]

@@ -208,15 +208,15 @@ PRESETS = {
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
-        codec=VQGANConfig(**CELLS, resolution=192, num_embeddings=6144, quantized_embed_dim=96),
-        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), codec_sizes=((6, 6, 32), (12, 12, 16)),
+        codec=VQGANConfig(**CELLS, resolution=192, num_embeddings=8192, quantized_embed_dim=96),
+        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), sizes=((6, 6, 32), (12, 12, 16)),
         recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 16, 1.5e-3)},
         pictures=12_000, ahead=16, heads_a_step=1),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(5500, 32, 2e-3)},
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(3500, 32, 2e-3)},
         pictures=10_000, things=1, row=128, caption_share=0.15),
 }
 
@@ -240,7 +240,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between sample grids")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--ahead", type=int, metavar="K", help="Eq. 2: codes a pass; default: 1, stage3: the preset's")
-    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: share of wrong codes in the small picture")
+    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: of the small picture's codes, wrong ones")
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")

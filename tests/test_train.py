@@ -19,7 +19,6 @@ import train
 from generate import Painter, Sampling
 from mars import MARS, is_visual
 from train import PRESETS, Recipe, learning_rate
-from vqgan import VQGAN
 
 
 def small_preset():

@@ -13,7 +13,6 @@ from PIL import Image
 
 import corpus
 import evaluate
-import train
 import world
 from checker import check
 from generate import TINY, Painter
