@@ -123,6 +123,11 @@ def size_of(image: Image.Image, side: int, factor: int, most: float = 2.0) -> tu
     return (long, side) if height > width else (side, long)
 
 
+def enlarge(size: tuple[int, int], long_side: int, factor: int) -> tuple[int, int]:
+    """Sec. 3.4, Stage III: (H, W) of the large picture: as `size`, but with the longer side `long_side`."""
+    return tuple(round(side * long_side / max(size) / factor) * factor for side in size)
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -437,12 +442,14 @@ class Encoding:
     """How pictures become codes: at one square size, or from Stage II on each with its aspect ratio (Sec. 3.4)."""
     side: int                     # of the square, or the shorter side; in pixels
     keep_aspect: bool = False
+    long_side: int = 0            # Stage III's large pictures: then made this long; 0: left at `side`
     filters: Filters = Filters()
     skip_bad: bool = False        # leave out files that cannot be read, instead of stopping at the first
 
     def prepare(self, image: Image.Image, factor: int) -> Image.Image:
         """The image at the size that is encoded."""
-        return fit(image, *(size_of(image, self.side, factor) if self.keep_aspect else (self.side, self.side)))
+        size = size_of(image, self.side, factor) if self.keep_aspect else (self.side, self.side)
+        return fit(image, *(enlarge(size, self.long_side, factor) if self.long_side else size))
 
 
 def encode(source, vqgan, how: Encoding, out: Path, ranks: Ranks = Ranks(), batch: int = 64) -> Codes:
@@ -452,7 +459,7 @@ def encode(source, vqgan, how: Encoding, out: Path, ranks: Ranks = Ranks(), batc
     `codes.json`. Raises ValueError, one line, at the first that cannot be read, unless how.skip_bad.
     """
     codec = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in vqgan.state_dict().values())).hexdigest()
-    described = {"codec": codec, "side": how.side, "keep_aspect": how.keep_aspect}
+    described = {"codec": codec, "side": how.side, "keep_aspect": how.keep_aspect, "long_side": how.long_side}
     if isinstance(source, Codes):
         if any(source.label[name] != value for name, value in described.items()):
             raise ValueError(f"{source.directory}: encoded by another codec or at other sizes; encode it again")
@@ -627,7 +634,7 @@ def main(arguments: list[str] | None = None) -> None:
             side = args.side or vqgan.config.resolution
             if side % vqgan.factor or side < vqgan.factor:
                 raise ValueError(f"--side is {side}, expected a multiple of the codec's factor, {vqgan.factor}")
-            codes = encode(source, vqgan, Encoding(side, args.keep_aspect, filters, args.skip_bad), args.out, ranks)
+            codes = encode(source, vqgan, Encoding(side, args.keep_aspect, filters=filters, skip_bad=args.skip_bad), args.out, ranks)
             if ranks.is_first:
                 sizes = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in codes.buckets(codes.whole).items())
                 print(f"wrote {args.out}: {len(codes.whole)} pictures; codes: {sizes}")

@@ -122,7 +122,7 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
     """Sec. 3.4, Stage III: n renders of unseen scenes made larger, by K codes a pass, and so are the model's own
     pictures -> a row for each K: PSNR in dB against the large render, beside bicubic scaling of the small one; shares
     that the checker passes; forward passes after the prompt's; seconds a picture."""
-    scale, rows = upscaler.model.config.upscale, []
+    scale, rows = upscaler.model.config.long_side // max(painter.sizes[0]), []
     asked = questions("train", n, seed, None, painter.sizes[0])
     texts = [text for _, text, _ in asked]
     small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import one_line_errors
-from data import (captioning, collate, encode_each, fit, grid, open_picture, prompt, save_image, size_text, to_image,
+from data import (captioning, collate, encode_each, enlarge, fit, grid, open_picture, prompt, save_image, size_text, to_image,
                   to_pixels)
 from mars import MARS
 from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
@@ -219,14 +219,17 @@ class Painter:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(H, W) in pixels of all that the model was trained to draw, the usual one first."""
+        """(H, W) in pixels of all that the model was trained to draw, or to enlarge, the usual one first."""
         return self.model.config.sizes or ((self.side, self.side),)
 
     def size_ids(self, height: int, width: int) -> list[int]:
-        """What the prompt says of the size: nothing in Stage I. Raises ValueError, one line, for an untrained size."""
+        """What the prompt says of the size: nothing in Stage I, that of the large picture in Stage III. Raises
+        ValueError, one line, for an untrained size."""
         if (height, width) not in self.sizes:
             raise ValueError(f"size {height}x{width}: expected one that these weights were trained on, height x width: "
                              + ", ".join(f"{h}x{w}" for h, w in self.sizes))
+        if self.model.config.long_side:
+            height, width = enlarge((height, width), self.model.config.long_side, self.vqgan.factor)
         return self.tokenizer.encode(size_text(height, width)) if self.model.config.sizes else []
 
     def encode_prompt(self, text: str, pixels: int | None = None) -> list[int]:
@@ -252,7 +255,7 @@ class Painter:
         """
         device = self.model.norm.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        if self.model.config.upscale > 1:
+        if self.model.config.long_side:
             raise ValueError("these weights only upscale; expected those of train.py stage1 or stage2 to draw with")
         height, width = size or self.sizes[0]
         asked = self.size_ids(height, width)
@@ -276,16 +279,16 @@ class Painter:
     def upscale(self, images, prompts: list[str], sampling: Sampling = DETAIL, seed: int = 0, batch: int = 64):
         """Sec. 3.4, Stage III: RGB images and what they show -> the same, larger. Raises ValueError, one line, for
         weights of another stage."""
-        scale, factor = self.model.config.upscale, self.vqgan.factor
-        if scale == 1:
+        long_side, factor = self.model.config.long_side, self.vqgan.factor
+        if not long_side:
             raise ValueError("these weights draw from prompts alone; expected those of train.py stage3 to upscale with")
         generator, larger = torch.Generator(self.model.norm.weight.device).manual_seed(seed), [None] * len(images)
-        for height, width in self.sizes:
-            asked = self.size_ids(height, width)
-            mine = [i for i, image in enumerate(images) if self.nearest_size(image) == (height, width)]
+        for size in self.sizes:
+            asked, (height, width) = self.size_ids(*size), enlarge(size, long_side, factor)
+            mine = [i for i, image in enumerate(images) if self.nearest_size(image) == size]
             for some in (mine[start:start + batch] for start in range(0, len(mine), batch)):
-                small = [to_pixels(fit(images[i], height // scale, width // scale)) for i in some]
-                pixels = height * width + small[0][0].numel()
+                small = [to_pixels(fit(images[i], *size)) for i in some]
+                pixels = height * width + size[0] * size[1]
                 captions = [self.encode_prompt(prompts[i], pixels) for i in some]
                 codes = draw_codes(self.model, captions, height // factor, width // factor, sampling, generator, asked,
                                    encode_each(self.vqgan, small))

@@ -33,7 +33,7 @@ class MARSConfig(SemVIEConfig):
     ahead: int = 1                # K of Eq. 2: how many codes one position predicts
     tie_embeddings: bool = False  # True: the text head is the text embedding, as in the small Qwen2 models
     sizes: tuple[tuple[int, int], ...] = ()   # Stage II: (H, W) in pixels seen in training; (): one, never named
-    upscale: int = 1              # Stage III: how many times longer the sides are than those of the picture given
+    long_side: int = 0            # Stage III: makes pictures of `sizes` this long, in pixels; 0: another stage
 
     def __post_init__(self):
         super().__post_init__()

@@ -51,7 +51,7 @@ class Preset:
     sizes: tuple = ((6, 6, 16),)         # codec and Stage I: rows, cols and pixels a cell
     aspects: tuple = ((6, 6, 16), (6, 6, 16), (6, 8, 16), (8, 6, 16), (6, 12, 16), (12, 6, 16))   # Stage II
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
-    upscale: int = 2                     # Stage III: times as long as the sides of the small ones; 4 in the paper
+    long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
     heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains; None: all
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
@@ -66,7 +66,7 @@ class VQGANStage:
     def __init__(self, args, preset: Preset):
         if args.ranks.count > 1 or args.shard:
             raise ValueError("the codec trains in one process: start this stage with python, without --shard")
-        self.args, self.recipe = args, args.recipe
+        self.args, self.recipe, self.preset = args, args.recipe, preset
         self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
         if preset.codec.patches and not args.resume:
@@ -77,9 +77,10 @@ class VQGANStage:
         self.uniform = None
 
     def pixels(self, indices):
-        """(B, 3, H, W) in [0, 1]."""
-        side = self.model.config.resolution
-        images = [fit(self.source.image(i), side, side) for i in indices]
+        """(B, 3, H, W) in [0, 1]: renders as they are, other pictures as squares of the codec's resolution."""
+        rows, cols, cell = self.preset.sizes[0]
+        size = (rows * cell, cols * cell) if self.args.data == "world" else (self.model.config.resolution,) * 2
+        images = [fit(self.source.image(i), *size) for i in indices]
         return torch.stack([to_pixels(image) for image in images]).to(self.args.ranks.device)
 
     def backward(self, step: int, rng: random.Random):
@@ -297,11 +298,11 @@ class Stage2(Stage1):
                                   details=("fine", "fine", "fine", "coarse"))
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
-        self.sort()
+        self.sort(self.codes)
 
-    def sort(self, **changes) -> None:
+    def sort(self, codes: Codes, **changes) -> None:
         """Puts pictures of one size together, and notes the sizes, squares first, in the model's config."""
-        self.buckets, factor = self.codes.buckets(self.codes.whole), self.vqgan.factor
+        self.buckets, factor = codes.buckets(codes.whole), self.vqgan.factor
         square_first = sorted(self.buckets, key=lambda size: (size[0] != size[1], size))
         self.model.config = dataclasses.replace(
             self.model.config, sizes=tuple((h * factor, w * factor) for h, w in square_first), **changes)
@@ -319,7 +320,7 @@ class Stage2(Stage1):
 
     def size_ids(self, row) -> list[int]:
         """The resolution in the caption."""
-        h, w = self.codes[row.index].shape
+        h, w = (self.codes if row.low is None else self.low)[row.index].shape
         return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
 
 
@@ -343,12 +344,11 @@ class Stage3(Stage2):
         args, preset = self.args, self.preset
         self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.large,
                                   details=("fine", "fine", "fine", "coarse"))
-        side = self.vqgan.config.resolution
-        how = Encoding(side, keep_aspect=True, skip_bad=args.skip_bad)
-        self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
-        self.low = encode(self.source, self.vqgan, dataclasses.replace(how, side=side // preset.upscale),
-                          args.out / "codes-low", args.ranks)
-        self.sort(upscale=preset.upscale)
+        small = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
+        large = dataclasses.replace(small, long_side=preset.long_side)
+        self.low = encode(self.source, self.vqgan, small, args.out / "codes-low", args.ranks)
+        self.codes = encode(self.source, self.vqgan, large, args.out / "codes", args.ranks)
+        self.sort(self.low, long_side=preset.long_side)
 
     def rows(self, step: int, rng: random.Random):
         """Pictures of one size, each with a small copy that has a few wrong codes."""
@@ -362,8 +362,9 @@ class Stage3(Stage2):
         if isinstance(self.source, Codes) or not some:
             return {}
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True)
+        small = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
+        how = dataclasses.replace(how, long_side=self.preset.long_side)
         large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
-        small = [fit(image, image.height // self.preset.upscale, image.width // self.preset.upscale) for image in large]
         ours = self.painter.upscale(small, [self.source.caption(i, random.Random(0)) for i in some])
         plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
         if self.args.ranks.is_first:

@@ -196,9 +196,11 @@ CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
              patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
 
 PRESETS = {
-    "qwen": Preset(                      # the paper's Stage I: 200 million pairs once, 4,096 a step
+    "qwen": Preset(     # the paper's: 200 million pairs once and 50 million twice, 4,096 a step; 10 million triplets once
         language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"stage1": Recipe(48_000, 4096, 1e-4)}, pictures=60_000, codebook_start=False),
+        recipes={"stage1": Recipe(48_000, 4096, 1e-4), "stage2": Recipe(24_000, 4096, 1e-4),
+                 "stage3": Recipe(6_500, 1536, 1e-4)},
+        pictures=60_000, codebook_start=False, long_side=1024),
     "tiny": Preset(
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
@@ -208,7 +210,7 @@ PRESETS = {
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
-        codec=VQGANConfig(**CELLS, resolution=192, num_embeddings=8192, quantized_embed_dim=96),
+        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), sizes=((6, 6, 32), (12, 12, 16)),
         recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 16, 1.5e-3)},
         pictures=12_000, ahead=16, heads_a_step=1),

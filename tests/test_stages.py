@@ -123,6 +123,11 @@ def test_a_score_that_the_manifest_lacks_is_not_held_against_a_picture():
 
 # ----------------------------------------------------------------------------- Stage III
 
+def test_the_large_picture_has_a_long_side_of_1024_and_the_proportions_of_the_small_one():
+    assert [data.enlarge(size, 1024, 16) for size in ((256, 256), (256, 512), (336, 256), (96, 192))] == [
+        (1024, 1024), (512, 1024), (1024, 784), (512, 1024)]
+
+
 def test_the_cascade_reads_caption_size_and_small_picture_and_is_asked_for_the_large_one():
     small = np.array([[1]])
     sequence = data.text_to_image([5], CODES, VOCABULARY, [7], small)
@@ -170,12 +175,12 @@ def test_some_heads_a_step_cost_the_same_loss_in_expectation_and_leave_none_with
 def test_a_picture_drawn_or_given_comes_out_larger(runs, tmp_path, capsys):
     out, weights = tmp_path / "large.png", ["--weights", str(runs / "stage2"), "--cascade", str(runs / "stage3")]
     generate.main(["a red circle", "--upscale", *weights, "-o", str(out)])
-    assert Image.open(out).size == (96, 96)                     # the test's codec has 96 pixels for the large picture
+    assert Image.open(out).size == (192, 192)
     Image.new("RGB", (33, 20), "blue").save(tmp_path / "mine.png")
-    for heads in ("1", "3", "0"):                               # 3 does not divide 36
+    for heads in ("1", "5", "0"):                               # 5 does not divide 144
         generate.main(["--upscale", str(tmp_path / "mine.png"), "--prompt", "a red circle", *weights, "-o", str(out),
                        "--heads", heads])
-        assert Image.open(out).size == (96, 96)
+        assert Image.open(out).size == (192, 192)
     assert "belong together" in refused(capsys, "--upscale", tmp_path / "mine.png")
     assert "stage3: not found" in refused(capsys, "a red circle", "--upscale", "--weights", runs / "stage2")
     assert "expected those of train.py stage3" in refused(
@@ -202,6 +207,8 @@ def test_psnr_is_the_mean_over_pictures_and_rounding_is_its_floor():
 
 
 def test_stage_iii_says_how_near_it_comes_beside_bicubic_scaling(runs):
+    assert data.Codes(runs / "stage3" / "codes")[0].shape == (12, 12)
+    assert data.Codes(runs / "stage3" / "codes-low")[0].shape == (6, 6)
     last = test_train.lines(runs / "stage3")[-1]
     assert last["psnr_bicubic"] > 10 and last["psnr"] > 0
     assert (runs / "stage3" / "samples" / "000004.png").is_file()
