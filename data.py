@@ -634,7 +634,8 @@ def main(arguments: list[str] | None = None) -> None:
             side = args.side or vqgan.config.resolution
             if side % vqgan.factor or side < vqgan.factor:
                 raise ValueError(f"--side is {side}, expected a multiple of the codec's factor, {vqgan.factor}")
-            codes = encode(source, vqgan, Encoding(side, args.keep_aspect, filters=filters, skip_bad=args.skip_bad), args.out, ranks)
+            how = Encoding(side, args.keep_aspect, filters=filters, skip_bad=args.skip_bad)
+            codes = encode(source, vqgan, how, args.out, ranks)
             if ranks.is_first:
                 sizes = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in codes.buckets(codes.whole).items())
                 print(f"wrote {args.out}: {len(codes.whole)} pictures; codes: {sizes}")
