@@ -204,7 +204,7 @@ PRESETS = {
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3),
-                 "stage2": Recipe(10_000, 32, 1.5e-3)},
+                 "stage2": Recipe(10_000, 32, 1.5e-3), "joint": Recipe(2500, 16, 5e-4)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
@@ -231,7 +231,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
     parser.add_argument("--vqgan", metavar="DIR", help="stage1: the codec; stage3: another one than in --init")
     parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
-    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3: what the stage before wrote")
+    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3, joint: what the stage before wrote")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="instead of the preset's")
     parser.add_argument("--lr", type=float, help="instead of the preset's")
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             for stage in STAGES:
                 if stage in preset.recipes:
-                    before = {"stage2": "stage1", "stage3": "stage2"}.get(stage)
+                    before = {"stage2": "stage1", "stage3": "stage2", "joint": "stage1"}.get(stage)
                     init = args.out / before if before in preset.recipes else args.init
                     run_stage(argparse.Namespace(**{
                         **vars(args), "stage": stage, "out": args.out / stage, "vqgan": args.out / "vqgan",
