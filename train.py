@@ -3,6 +3,7 @@
     python train.py vqgan  --preset tiny --out runs/vqgan
     python train.py text   --preset tiny --out runs/text
     python train.py stage1 --preset tiny --out runs/stage1 --vqgan runs/vqgan --language runs/text
+    python train.py joint  --preset tiny --out runs/joint  --init weights/tiny       (Sec. 4.6: text and pictures)
     python train.py all    --preset nano --out runs/nano      (the three in a row)
     torchrun --nproc_per_node=8 train.py stage1 ...           (see distributed.py)
 
