@@ -9,6 +9,7 @@ rendered world, and any of them encoded once:
 Shapes: B batch, T tokens, (h, w) latent grid, (H, W) pixels.
 """
 import argparse
+import bisect
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+import recipes
 import world
 from checkpoint import one_line_errors, read_json, write_beside, write_json
 from distributed import Ranks, start, stop
@@ -75,6 +77,22 @@ def captioning(caption: list[int], codes, vocabulary: Vocabulary, eos: int, size
     """Sec. 3.4, Stage I: picture, caption. Targets: the caption and the end of text. size: as above, first of all."""
     shown = [*size, *picture(codes, vocabulary)]
     return Sequence([*shown, *caption, eos], [False] * len(shown) + [True] * (len(caption) + 1))
+
+
+def title_text(title: str) -> str:
+    """Sec. 4.6: what stands before a recipe, in training and in drawing: its title, on a line of its own."""
+    return " ".join(title.split()) + "\n"
+
+
+def joint(title: list[int], steps: list[int], pictures, vocabulary: Vocabulary, eos: int) -> Sequence:
+    """Sec. 4.6, Fig. 9: title, steps, then one block with a picture (codes (h, w)) for each step.
+
+    title: ids of `title_text`; steps: ids of recipes.text_of. Targets: all after the title, the end of text included.
+    """
+    block = [vocabulary.special("<multi_images>"), *(id for codes in pictures for id in picture(codes, vocabulary)),
+             vocabulary.special("</multi_images>")]
+    written = [*steps, *block, eos]
+    return Sequence([*title, *written], [False] * len(title) + [True] * len(written))
 
 
 def collate(sequences: list[Sequence], padding: int) -> tuple[Tensor, Tensor]:
@@ -223,6 +241,42 @@ class World:
         scene, captioned = self.scene(i)
         if captioned:
             return world.caption(scene, rng, rng.choice(world.LANGUAGES), rng.choice(self.details))
+
+
+class RecipePictures:
+    """Sec. 4.6, in the rendered world: the pictures of all steps of `count` recipes as a source; recipe j is drawn
+    from `seed` and j alone."""
+
+    def __init__(self, count: int, seed: int):
+        self.recipes = [recipes.sample(random.Random(f"{seed}/recipe/{j}")) for j in range(count)]
+        self.places = [(j, k) for j, recipe in enumerate(self.recipes) for k in range(len(recipe.steps))]
+        self.name = f"pictures of {count} recipes, seed {seed}"
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def of(self, j: int) -> list[int]:
+        """The pictures of recipe j, in the order of its steps."""
+        first = bisect.bisect_left(self.places, (j, 0))
+        return list(range(first, first + len(self.recipes[j].steps)))
+
+    def title(self, i: int) -> str:
+        """What picture i is called."""
+        return "recipe {}, step {}".format(*self.places[i])
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i, RGB."""
+        j, k = self.places[i]
+        return world.render(self.recipes[j].scenes[k])
+
+    def captions(self, i: int) -> list[str]:
+        """The step that picture i belongs to."""
+        j, k = self.places[i]
+        return [self.recipes[j].steps[k]]
+
+    def scores(self, i: int) -> dict[str, float]:
+        """What filters may ask of picture i: nothing."""
+        return {}
 
 
 class Listed:

@@ -22,6 +22,8 @@ from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
 from generate import DETAIL, TINY, Painter, Sampling, check_device, write_text
 from mars import MARS
+from recipes import agrees, claims, parse_steps
+from recipes import sample as sample_recipe
 from tokenizer import Tokenizer
 
 CELL = 16              # pixels a cell of the rendered world, in all stages but the third
@@ -127,8 +129,8 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
     texts = [text for _, text, _ in asked]
     small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))
     drawn = painter.paint(texts, sampling, seed)
-    claims = [world.parse(text) for text in texts]
-    right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, claims)) / n
+    said = [world.parse(text) for text in texts]
+    right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, said)) / n
     plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
     codes = large[0].width * large[0].height // upscaler.vqgan.factor ** 2
     for k in sorted({k for k in (1, 4, 16) if k <= upscaler.model.config.ahead} | {upscaler.model.config.ahead}):
@@ -154,6 +156,48 @@ def show_cascade(rows: list[dict]) -> str:
         lines.append("".join((f"{'K = ' + str(row['heads']):>9}", *decibels, *shares, f"{row['passes']:9}",
                               f"{row['seconds']:9.3f}")))
     return "\n".join(lines)
+
+
+RECIPE_KEYS = ("steps", "number", "picture", "title", "all")
+
+
+def judge_recipe(title: str, text: str, images) -> dict[str, list[bool]]:
+    """Sec. 4.6, where the paper shows examples: marks of one recipe. Raises ValueError for a title that is unreadable.
+
+    steps: the text is a list of steps that can be drawn; number: as many pictures as steps; picture: each shows what
+    all steps up to its own say; title: the steps lead to what it asks for; all: all of these.
+    """
+    try:
+        steps = parse_steps(text)
+        told = claims(steps)
+    except ValueError:                                           # then nothing says what the pictures have to show
+        return {key: [False] * (max(1, len(images)) if key == "picture" else 1) for key in RECIPE_KEYS}
+    pictures = [k < len(images) and check(images[k], claim)["all"] for k, claim in enumerate(told)]
+    number, asked = len(images) == len(steps), agrees(title, steps)
+    return {"steps": [True], "number": [number], "picture": pictures, "title": [asked],
+            "all": [number and asked and all(pictures)]}
+
+
+def recipe_accuracy(judged: list[dict[str, list[bool]]]) -> dict[str, float]:
+    """Shares of what `judge_recipe` marks, over all recipes; of pictures, over all pictures."""
+    marks = {key: [mark for row in judged for mark in row[key]] for key in RECIPE_KEYS}
+    return {key: sum(found) / len(found) for key, found in marks.items()}
+
+
+def recipes_report(painter: Painter, n: int, seed: int, sampling: Sampling) -> list[dict]:
+    """Sec. 4.6: has n recipes of each split written and drawn -> rows by split, language and RECIPE_KEYS."""
+    rows = []
+    for name, split in SPLITS.items():
+        rng = random.Random(f"{seed}/recipes/{split}")
+        asked = [sample_recipe(rng, split, world.LANGUAGES[i % 2]) for i in range(n)]
+        pages = painter.draw_recipes([recipe.title for recipe in asked], sampling, seed)
+        judged = [(recipe.language, judge_recipe(recipe.title, *page)) for recipe, page in zip(asked, pages)]
+        for language in ("en", "zh", "both"):
+            for key in RECIPE_KEYS:
+                marks = [mark for spoken, row in judged if language in (spoken, "both") for mark in row[key]]
+                if marks:
+                    rows.append(counted({"task": "recipes", "split": name, "language": language, "what": key}, marks))
+    return rows
 
 
 @torch.no_grad()
@@ -186,9 +230,8 @@ def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | 
     return sum(map(sum, kinds.values())) / n, lines
 
 
-def show(rows: list[dict]) -> str:
+def show(rows: list[dict], head=(*KEYS, "exact")) -> str:
     """The rows as a table: one line a split and language, one column an attribute, shares in per cent."""
-    head = [*KEYS, "exact"]
     lines = [f"{'':34}" + "".join(f"{key:>12}" for key in head)]
     groups = dict.fromkeys((row["task"], row["split"], row["language"]) for row in rows)
     for task, split, language in groups:
@@ -211,12 +254,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T")
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="also with the best of N drawn a prompt")
+    parser.add_argument("--recipes", type=int, metavar="N", help="of weights of train.py joint: N of each split alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="report.json", type=Path, help="JSON to write")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
-    for name in ("prompts", "best_of"):
-        if getattr(args, name) < 1:
+    for name in ("prompts", "best_of", "recipes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     return args
 
@@ -227,6 +271,14 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("evaluate.py"):
         painter = Painter.from_pretrained(args.weights, check_device(args.device))
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
+        if args.recipes:
+            sampling = Sampling(cfg=1.0, temperature=args.temperature)
+            rows = recipes_report(painter, args.recipes, args.seed, sampling)
+            print(show(rows, RECIPE_KEYS))
+            write_json(args.out, {"weights": args.weights.name, "seed": args.seed, "sampling": vars(sampling),
+                                  "rows": rows})
+            print(f"wrote {args.out}")
+            return
         rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
         if args.best_of > 1:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)

@@ -2,6 +2,7 @@
 
     python generate.py "a red circle above a blue square"
     python generate.py --caption out.png
+    python generate.py --recipe "how to draw a red circle above a blue star" -o out.md
 
 Shapes: B prompts, T tokens, V_t and V_v vocabularies, (h, w) latent grid.
 """
@@ -9,17 +10,20 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
-from checkpoint import one_line_errors
-from data import (captioning, collate, encode_each, enlarge, fit, grid, open_picture, prompt, save_image, size_text, to_image,
-                  to_pixels)
+from checkpoint import one_line_errors, write_beside
+from data import (captioning, collate, encode_each, enlarge, fit, grid, open_picture, prompt, save_image, size_text,
+                  title_text, to_image, to_pixels)
 from mars import MARS
-from tokenizer import QwenTokenizer, Tokenizer, load_tokenizer
+from recipes import markdown, parse_steps
+from tokenizer import QwenTokenizer, Tokenizer, Vocabulary, load_tokenizer
 from vqgan import VQGAN
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -171,6 +175,58 @@ def write_text(model: MARS, prompts: list[list[int]], eos: int, max_tokens: int,
     return [row[:row.index(eos)] if eos in row else row for row in rows]
 
 
+def may_follow(written: list[int], vocabulary: Vocabulary, eos: int, cells: int, most: int,
+               max_text: int) -> list[range]:
+    """Fig. 9, as a grammar: after what was written since the title, the ids that may come next.
+
+    Text up to its end or to `<multi_images>`, which is all that is left after `max_text` of it; then pictures of
+    `cells` codes, at least one and at most `most`; then `</multi_images>` and the end of text.
+    """
+    V_t, one = vocabulary.text, lambda token: range(vocabulary.special(token), vocabulary.special(token) + 1)
+    end, opening, closing = range(eos, eos + 1), one("<multi_images>"), one("</multi_images>")
+    if written and written[-1] in (end[0], closing[0]):
+        return [end]
+    if opening[0] not in written:
+        return [range(V_t) if len(written) < max_text else end, opening]
+    pictures, place = divmod(len(written) - written.index(opening[0]) - 1, cells + 2)
+    if place == 0:
+        return [one("<img>")] * (pictures < most) + [closing] * (pictures > 0)
+    return [range(V_t, V_t + vocabulary.codes) if place <= cells else one("</img>")]
+
+
+@torch.no_grad()
+def write_mixed(model: MARS, prompts: list[list[int]], eos: int, height: int, width: int, sampling: Sampling,
+                generator: torch.Generator | None = None, most: int = 3, max_text: int = 128):
+    """Sec. 4.6: goes on from each prompt with text, then with as many pictures as the model chooses, by one softmax
+    over both vocabularies of which only what `may_follow` is left -> text ids and codes (n, h, w) of each prompt.
+
+    No guidance: no title was ever dropped. Rows may differ in length, one that has ended waits for the others.
+    """
+    vocabulary, cells = model.vocabulary, height * width
+    opening, ends = vocabulary.special("<multi_images>"), (eos, vocabulary.special("</multi_images>"))
+    hidden, cache = prefill(model, prompts, max_text + 1 + most * (cells + 2))
+    rows: list[list[int]] = [[] for _ in prompts]
+    while True:
+        logits = model.logits(hidden)                                            # (B, V_t + V_v)
+        left = torch.full_like(logits, -torch.inf)
+        for i, row in enumerate(rows):
+            for ids in may_follow(row, vocabulary, eos, cells, most, max_text):
+                left[i, ids.start:ids.stop] = logits[i, ids.start:ids.stop]
+        tokens = draw(left, sampling, generator)                                 # (B,)
+        for row, token in zip(rows, tokens.tolist()):
+            row.append(token)
+        if all(row[-1] in ends for row in rows):
+            break
+        hidden = model.hidden(tokens[:, None], cache)[:, -1]
+    pages = []
+    for row in rows:
+        text = row[:min(row.index(id) for id in (eos, opening) if id in row)]
+        n = (row.index(ends[1]) - len(text) - 1) // (cells + 2) if ends[1] in row else 0
+        block = torch.tensor(row[len(text) + 1:][:n * (cells + 2)], device=hidden.device).view(n, cells + 2)
+        pages.append((text, (block[:, 1:-1] - vocabulary.text).view(n, height, width)))
+    return pages
+
+
 @torch.no_grad()
 def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor, eos: int,
                            size: list[int] = ()) -> Tensor:
@@ -276,6 +332,31 @@ class Painter:
         return images
 
     @torch.no_grad()
+    def draw_recipes(self, titles: list[str], sampling: Sampling = Sampling(cfg=1.0), seed: int = 0, batch: int = 64,
+                     most: int = 3, max_text: int = 128):
+        """Sec. 4.6: titles -> (text, RGB images) each, by weights of train.py joint; square pictures, at most `most`.
+
+        The text is as the model wrote it, at most max_text tokens. Raises ValueError, one line, for an empty title or
+        one longer than the context leaves room for.
+        """
+        generator, device = torch.Generator(self.model.norm.weight.device), self.model.norm.weight.device
+        generator.manual_seed(seed)
+        h = w = self.side // self.vqgan.factor
+        room, prompts, pages = self.model.config.context - max_text - 1 - most * (h * w + 2), [], []
+        for title in titles:
+            if not title.strip():
+                raise ValueError('the title is empty; expected one such as "how to draw a red circle"')
+            prompts.append(self.tokenizer.encode(title_text(title)))
+            if len(prompts[-1]) > room:
+                raise ValueError(f"the title has {len(prompts[-1])} tokens; at most {room} fit beside the rest")
+        for start in range(0, len(prompts), batch):
+            for ids, codes in write_mixed(self.model, prompts[start:start + batch], self.tokenizer.eos, h, w, sampling,
+                                          generator, most, max_text):
+                images = [to_image(self.vqgan.decode(picture[None].to(device))[0]) for picture in codes]
+                pages.append((self.tokenizer.decode(ids).strip(), images))
+        return pages
+
+    @torch.no_grad()
     def upscale(self, images, prompts: list[str], sampling: Sampling = DETAIL, seed: int = 0, batch: int = 64):
         """Sec. 3.4, Stage III: RGB images and what they show -> the same, larger. Raises ValueError, one line, for
         weights of another stage."""
@@ -323,6 +404,28 @@ class Painter:
         return texts
 
 
+def save_recipe(path: str | Path, title: str, text: str, images) -> str | None:
+    """Fig. 9, as a page: Markdown at `path`, its pictures as PNGs beside it -> what is wrong with the text, or None.
+
+    A text without numbered steps, or with another number of them than of pictures, stands as it is, then the pictures.
+    Raises ValueError, one line, where the path cannot be written.
+    """
+    path, note = Path(path), None
+    names = [f"{path.stem}-{k}.png" for k in range(1, len(images) + 1)]
+    try:
+        page = markdown(title, parse_steps(text), names)
+    except ValueError as error:
+        note, shown = str(error), [f"![picture {k}]({quote(name)})" for k, name in enumerate(names, 1)]
+        page = "\n\n".join([f'# {" ".join(title.split())}', text, *shown]) + "\n"
+    for name, image in zip(names, images):
+        save_image(image, path.with_name(name))
+    try:
+        write_beside(path, lambda p: p.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write the page ({error.strerror or error})") from None
+    return note
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draws a picture from a prompt, or describes a picture.",
@@ -333,7 +436,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
     parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
     parser.add_argument("--heads", type=int, default=0, metavar="K", help="Eq. 2: codes a pass when upscaling; 0: all")
-    parser.add_argument("-o", "--out", default="out.png", help="PNG to write; several pictures become one grid")
+    parser.add_argument("--recipe", metavar="TITLE", help="Sec. 4.6: write the steps and draw a picture for each")
+    parser.add_argument("-o", "--out", help="PNG to write, several pictures as one grid; with --recipe Markdown")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures of each prompt")
     parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale; 1: none")
@@ -345,13 +449,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="draw N for each, keep the one that the prompt describes best")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--weights", default=TINY, metavar="DIR", help="folder that train.py stage1 wrote")
+    parser.add_argument("--weights", metavar="DIR",
+                        help=f"folder that train.py stage1 wrote ({TINY}); with --recipe, train.py joint (its joint)")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--caption", metavar="IMAGE", help="describe this picture instead")
     args = parser.parse_args(arguments)
-    given = isinstance(args.upscale, str)
-    if bool(args.prompt) + bool(args.caption) + given != 1:
-        parser.error("expected a prompt, --caption IMAGE or --upscale IMAGE --prompt TEXT, one of the three")
+    given, is_recipe = isinstance(args.upscale, str), args.recipe is not None
+    if bool(args.prompt) + bool(args.caption) + given + is_recipe != 1:
+        parser.error("expected a prompt, --caption IMAGE, --upscale IMAGE --prompt TEXT or --recipe TITLE, one of them")
+    args.weights = args.weights or (TINY / "joint" if is_recipe else TINY)
+    args.out = args.out or ("out.md" if is_recipe else "out.png")
+    if is_recipe and Path(args.out).suffix != ".md":
+        parser.error(f"--out is {args.out!r}, but --recipe writes Markdown; expected a name that ends in .md")
     if given != bool(args.shows):
         parser.error("--upscale IMAGE and --prompt TEXT belong together")
     if args.size:
@@ -370,24 +479,29 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("generate.py"):
-        given = args.caption or (args.upscale if args.shows else None)
-        image = open_picture(given) if given else None
-        upscaler = None
+        device, detail = check_device(args.device), dataclasses.replace(DETAIL, heads=args.heads)
+        if args.caption:
+            image = open_picture(args.caption)
+            print(Painter.from_pretrained(args.weights, device).describe([image])[0])
+            return
         if args.upscale:
-            upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", check_device(args.device))
-        detail = dataclasses.replace(DETAIL, heads=args.heads)
+            upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", device)
         if args.shows:
-            save_image(upscaler.upscale([image], [args.shows], detail, args.seed)[0], args.out)
+            save_image(upscaler.upscale([open_picture(args.upscale)], [args.shows], detail, args.seed)[0], args.out)
             print(f"wrote {args.out}")
             return
-        painter = Painter.from_pretrained(args.weights, check_device(args.device))
-        if image:
-            print(painter.describe([image])[0])
+        painter = Painter.from_pretrained(args.weights, device)
+        if args.recipe is not None:
+            sampling = Sampling(1.0, args.temperature, args.top_k, args.top_p)
+            (text, images), = painter.draw_recipes([args.recipe], sampling, args.seed)
+            if note := save_recipe(args.out, args.recipe, text, images):
+                print(f"generate.py: the model did not write a step for each picture: {note}", file=sys.stderr)
+            print(f"{text}\nwrote {args.out} and {len(images)} pictures beside it")
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
         sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
         images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=args.size)
-        if upscaler:
+        if args.upscale:
             images = upscaler.upscale(images, prompts, detail, args.seed)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")

@@ -15,12 +15,14 @@ from torch import nn
 import corpus
 import world
 from checkpoint import write_beside
-from data import (Codes, Encoding, World, collate, encode, fit, grid, open_source, psnr, save_image, stage1_rows,
-                  stage3_rows, text_rows, to_image, to_pixels)
+from data import (Codes, Encoding, RecipePictures, World, collate, encode, fit, grid, joint, open_source, psnr,
+                  save_image, stage1_rows, stage3_rows, text_rows, title_text, to_image, to_pixels)
 from distributed import Spread, whole_state
-from evaluate import accuracy, look_up
-from generate import Painter
+from evaluate import accuracy, judge_recipe, look_up, recipe_accuracy
+from generate import Painter, save_recipe
 from mars import MARS, MARSConfig, count_parameters
+from recipes import sample as sample_recipe
+from recipes import text_of
 from tokenizer import Tokenizer, load_tokenizer
 from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
@@ -194,18 +196,20 @@ class TextStage(NextToken):
 
 class Stage1(NextToken):
     """Sec. 3.4, Stage I: text-to-image and captioning by next-token prediction; the language side is frozen."""
+    trains_language = False
 
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
         self.start()
         if args.ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(args.ranks.device).total_memory
-            forecast = check_memory(self.model.config, args.ranks.count, memory, args.shard)
+            forecast = check_memory(self.model.config, args.ranks.count, memory, args.shard, self.trains_language)
             if args.ranks.is_first:
                 print(forecast)
         self.dtype = self.model.text_embedding.weight.dtype
         self.read()
-        self.model.freeze_language()
+        if not self.trains_language:
+            self.model.freeze_language()
         self.spread()
         self.painter = Painter(self.model, self.vqgan, self.tokenizer, self.vqgan.config.resolution)
 
@@ -372,6 +376,59 @@ class Stage3(Stage2):
         return {"psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large)}
 
 
+class Joint(Stage1):
+    """Sec. 4.6: text and images in one output, on recipes; goes on from Stage I or II and trains the language too.
+
+    It has to: the steps come before every picture, so by causality no visual weight can change a single text logit
+    there, and with the language side frozen the model would go on writing the text it was pre-trained on.
+    """
+    trains_language = True
+
+    def start(self) -> None:
+        """Loads all that Stage I or II wrote."""
+        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device)
+        if self.model.config.long_side:
+            raise ValueError(f"{self.args.init}: of Stage III, which only upscales; expected --init of Stage I or II")
+
+    def read(self) -> None:
+        """Makes recipes, one for six of the preset's pictures (tiny: 10,000, as in the paper), and encodes theirs."""
+        args = self.args
+        if args.data != "world":
+            raise ValueError(f'--data is {args.data!r}, but recipes are written of the rendered world alone: "world"')
+        self.source = RecipePictures(max(1, self.preset.pictures // 6), args.seed)
+        how = Encoding(self.vqgan.config.resolution)
+        self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
+
+    def rows(self, step: int, rng: random.Random) -> list[int]:
+        """Recipes, by number."""
+        return [rng.randrange(len(self.source.recipes)) for _ in range(self.recipe.batch)]
+
+    def tensors(self, rows):
+        """-> tokens (B, T), is_target (B, T)."""
+        vocabulary, encode_text, sequences = self.model.vocabulary, self.tokenizer.encode, []
+        for j in rows:
+            recipe, pictures = self.source.recipes[j], [self.codes[i] for i in self.source.of(j)]
+            sequences.append(joint(encode_text(title_text(recipe.title)), encode_text(text_of(recipe)), pictures,
+                                   vocabulary, self.tokenizer.eos))
+        return collate(sequences, vocabulary.special("<pad>"))
+
+    def names(self, rows) -> list[str]:
+        """The titles."""
+        return [self.source.recipes[j].title for j in rows]
+
+    def sample(self, path: Path) -> dict:
+        """Draws recipes of new titles, writes the first four as pages, and says how often they are right."""
+        rng, ranks = random.Random(self.args.seed + 1), self.args.ranks
+        count = 32 + -32 % ranks.count                                               # as many for each rank
+        titles = [sample_recipe(rng, language=world.LANGUAGES[i % 2]).title for i in range(count)]
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            drawn = ranks.together(self.painter.draw_recipes(ranks.share(titles), seed=self.args.seed))
+        if ranks.is_first:
+            for k, (title, (text, images)) in enumerate(zip(titles[:4], drawn), 1):
+                save_recipe(path / f"{k}.md", title, text, images)
+        return recipe_accuracy([judge_recipe(title, *page) for title, page in zip(titles, drawn)])
+
+
 def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
     """What an earlier stage wrote. Raises ValueError, one line, for a folder that holds no such thing."""
     model, directory = MARS.from_pretrained(directory), Path(directory)
@@ -380,15 +437,17 @@ def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
     return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
 
 
-STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2, "stage3": Stage3}
+STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2, "stage3": Stage3, "joint": Joint}
 
 
-def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool) -> str:
+def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool, trains_language: bool = False) -> str:
     """The forecast for one GPU, before activations. Raises ValueError, one line, where it is more than its `memory`.
 
     Sharded, all weights are float32 and every GPU holds its part of them, of the gradients and of AdamW's moments.
     """
     frozen, trained = count_parameters(config)
+    if trains_language:
+        frozen, trained = 0, frozen + trained
     ddp, sharded = 2 * frozen + 16 * trained, (4 * frozen + 16 * trained) / gpus
     need, way = (sharded, "--shard") if shard else (ddp, "DDP")
     line = f"forecast: {way} on {gpus} GPUs of {memory / 1e9:.0f} GB takes {need / 1e9:.1f} GB of each"

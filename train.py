@@ -3,6 +3,7 @@
     python train.py vqgan  --preset tiny --out runs/vqgan
     python train.py text   --preset tiny --out runs/text
     python train.py stage1 --preset tiny --out runs/stage1 --vqgan runs/vqgan --language runs/text
+    python train.py joint  --preset tiny --out runs/joint  --init weights/tiny       (Sec. 4.6: text and pictures)
     python train.py all    --preset nano --out runs/nano      (the three in a row)
     torchrun --nproc_per_node=8 train.py stage1 ...           (see distributed.py)
 
@@ -196,7 +197,7 @@ CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1,
              patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
 
 PRESETS = {
-    "qwen": Preset(     # the paper's: 200 million pairs once and 50 million twice, 4,096 a step; 10 million triplets once
+    "qwen": Preset(     # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
         language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
         recipes={"stage1": Recipe(48_000, 4096, 1e-4), "stage2": Recipe(24_000, 4096, 1e-4),
                  "stage3": Recipe(6_500, 1536, 1e-4)},
@@ -206,7 +207,7 @@ PRESETS = {
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3),
-                 "stage2": Recipe(8000, 32, 1.5e-3)},
+                 "stage2": Recipe(8000, 32, 1.5e-3), "joint": Recipe(2500, 16, 5e-4)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
@@ -233,7 +234,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
     parser.add_argument("--vqgan", metavar="DIR", help="stage1: the codec; stage3: another one than in --init")
     parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
-    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3: what the stage before wrote")
+    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3, joint: the stage before")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="instead of the preset's")
     parser.add_argument("--lr", type=float, help="instead of the preset's")
@@ -242,7 +243,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between sample grids")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--ahead", type=int, metavar="K", help="Eq. 2: codes a pass; default: 1, stage3: the preset's")
-    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: of the small picture's codes, wrong ones")
+    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: share of wrong codes in the small")
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
@@ -291,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             for stage in STAGES:
                 if stage in preset.recipes:
-                    before = {"stage2": "stage1", "stage3": "stage2"}.get(stage)
+                    before = {"stage2": "stage1", "stage3": "stage2", "joint": "stage1"}.get(stage)
                     init = args.out / before if before in preset.recipes else args.init
                     run_stage(argparse.Namespace(**{
                         **vars(args), "stage": stage, "out": args.out / stage, "vqgan": args.out / "vqgan",

@@ -175,7 +175,7 @@ def refused(program, arguments, capsys):
 def test_unknown_flags_and_values_out_of_range_are_refused(capsys):
     assert "unrecognized arguments: --colour" in refused(generate.main, ["x", "--colour", "red"], capsys)
     assert "--top-p is 0.0, expected" in refused(generate.main, ["x", "--top-p", "0"], capsys)
-    assert "expected a prompt or --caption" in refused(generate.main, [], capsys)
+    assert "expected a prompt, --caption IMAGE" in refused(generate.main, [], capsys)
     assert "unrecognized arguments: --colour" in refused(train.main, ["text", "--out", "x", "--colour"], capsys)
     assert "--steps is 0, expected at least 1" in refused(train.main, ["text", "--out", "x", "--steps", "0"], capsys)
 
