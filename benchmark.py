@@ -19,8 +19,8 @@ import torch
 
 from checkpoint import one_line_errors, write_json
 from data import Codes, Encoding, World, collate, encode, stage1_rows
-from distributed import Ranks, Spread
-from generate import TINY, Sampling, check_device, draw_codes
+from distributed import Ranks, Spread, check_device
+from generate import TINY, Sampling, draw_codes
 from mars import LOGITS, MARS, MARSConfig, cross_entropy_in_chunks
 from tokenizer import load_tokenizer
 from stages import Recipe

@@ -310,6 +310,15 @@ class Listed:
         return rng.choice(texts) if texts else None
 
 
+def scores_of(record: dict, where: str) -> dict[str, float]:
+    """The numbers of a manifest's record that Filters know. Raises ValueError, one line, where one is no number."""
+    scores = {name: record[name] for name in ("clip_score", "aesthetic") if name in record}
+    for name, score in scores.items():
+        if not isinstance(score, (int, float)):
+            raise ValueError(f'{where}: "{name}" is {score!r}, expected a number')
+    return scores
+
+
 class Folder(Listed):
     """A folder of images with `metadata.jsonl` (the imagefolder convention) as a source.
 
@@ -344,11 +353,7 @@ class Folder(Listed):
         path = self.directory / record["file_name"]
         if not path.is_file():
             raise ValueError(f"{where}: {path}: no such image")
-        scores = {name: record[name] for name in ("clip_score", "aesthetic") if name in record}
-        for name, score in scores.items():
-            if not isinstance(score, (int, float)):
-                raise ValueError(f'{where}: "{name}" is {score!r}, expected a number')
-        return path, [text for text in texts if text.strip()], scores
+        return path, [text for text in texts if text.strip()], scores_of(record, where)
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
@@ -393,8 +398,9 @@ class Tars(Listed):
             text = sample.get("txt") or content.get("caption") or content.get("text") or ""
         except (json.JSONDecodeError, AttributeError):
             raise ValueError(f"{where}.json: not a JSON object") from None
-        scores = {name: float(content[name]) for name in ("clip_score", "aesthetic") if name in content}
-        return [text.strip()] if text.strip() else [], scores
+        if not isinstance(text, str):
+            raise ValueError(f"{where}.json: its caption is {text!r}, expected a string")
+        return [text.strip()] if text.strip() else [], scores_of(content, f"{where}.json")
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
@@ -413,6 +419,8 @@ class Codes(Listed):
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.label = read_json(self.directory / "codes.json")
+        if "left_out" not in self.label:
+            raise ValueError(f"{self.directory / 'codes.json'}: of another version; run `python data.py encode` again")
         records, self.shards, self.places = [], [], []                    # places: (shard, start, h, w)
         for first in range(0, self.label["pictures"], SHARD):
             stem, start = self.directory / f"{first:09d}", 0
@@ -429,6 +437,8 @@ class Codes(Listed):
         super().__init__(f"codes {self.directory.resolve()}", records)
         left_out = {i for i, _ in self.label["left_out"]}
         self.whole = [i for i in range(len(self)) if i not in left_out]
+        if not self.whole:
+            raise ValueError(f"{self.directory}: no picture is left of {len(self)}; codes.json lists why")
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Codes (h, w) of picture i."""
@@ -459,11 +469,13 @@ def open_source(data: str, pictures: int, seed: int, **settings) -> World | Fold
 # ----------------------------------------------------------------------------- images are encoded once
 
 SHARD = 4096                          # pictures in one file of codes
+PIXELS = 64 * 256 ** 2                # that the codec works on at a time, whatever the size of the pictures
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Sec. 3.5: which pictures of a folder are good enough to train on; the paper gives no thresholds for some."""
+    """Sec. 3.5: which pictures of a folder are good enough to train on. Sec. 3.4 gives a side of 256 pixels and a
+    ratio of 2; thresholds of scores are not in the paper."""
     min_side: int = 0             # shorter side in pixels
     max_ratio: float = math.inf   # longer side to shorter side
     min_clip_score: float = -math.inf     # of the manifest's "clip_score"
@@ -486,9 +498,19 @@ def encode_each(vqgan, pictures: list[Tensor]) -> list[Tensor]:
     device, codes = next(vqgan.parameters()).device, [None] * len(pictures)
     for shape in dict.fromkeys(pixels.shape for pixels in pictures):
         rows = [i for i, pixels in enumerate(pictures) if pixels.shape == shape]
-        for i, found in zip(rows, vqgan.encode(torch.stack([pictures[i] for i in rows]).to(device)).cpu()):
-            codes[i] = found
+        at_once = max(1, PIXELS // (shape[1] * shape[2]))
+        for some in (rows[start:start + at_once] for start in range(0, len(rows), at_once)):
+            for i, found in zip(some, vqgan.encode(torch.stack([pictures[i] for i in some]).to(device)).cpu()):
+                codes[i] = found
     return codes
+
+
+@torch.no_grad()
+def decode_each(vqgan, codes: Tensor) -> list[Image.Image]:
+    """Sec. 3.3: codes (B, h, w) -> RGB images."""
+    at_once = max(1, PIXELS // (codes[0].numel() * vqgan.factor ** 2))
+    return [to_image(pixels) for some in codes.to(next(vqgan.parameters()).device).split(at_once)
+            for pixels in vqgan.decode(some)]
 
 
 @dataclass(frozen=True)
@@ -659,8 +681,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument("--data", required=True, help='a folder with metadata.jsonl or *.tar, or "world"')
     encoder.add_argument("--out", type=Path, required=True, help="the folder to write; run again, it goes on")
     encoder.add_argument("--pictures", type=int, default=60_000, help="how many, of the rendered world")
-    encoder.add_argument("--side", type=int, help="in pixels; default: the size that the codec was trained at")
-    encoder.add_argument("--keep-aspect", action="store_true", help="Stage II: --side is the shorter side")
+    encoder.add_argument("--keep-aspect", action="store_true", help="Stage II: not squares; the shorter side is fixed")
     for name, what in (("min-side", "shortest side in pixels"), ("max-ratio", "longer to shorter side"),
                        ("min-clip-score", "of the manifest"), ("min-aesthetic", "of the manifest")):
         encoder.add_argument(f"--{name}", type=float, default=getattr(Filters, name.replace("-", "_")), help=what)
@@ -685,10 +706,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.command == "encode":
             source = open_source(args.data, args.pictures, args.seed)
             filters = Filters(args.min_side, args.max_ratio, args.min_clip_score, args.min_aesthetic)
-            side = args.side or vqgan.config.resolution
-            if side % vqgan.factor or side < vqgan.factor:
-                raise ValueError(f"--side is {side}, expected a multiple of the codec's factor, {vqgan.factor}")
-            how = Encoding(side, args.keep_aspect, filters=filters, skip_bad=args.skip_bad)
+            how = Encoding(vqgan.config.resolution, args.keep_aspect, filters=filters, skip_bad=args.skip_bad)
             codes = encode(source, vqgan, how, args.out, ranks)
             if ranks.is_first:
                 sizes = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in codes.buckets(codes.whole).items())

@@ -8,6 +8,7 @@ Not in the paper beyond that. Without torchrun there is one process, and nothing
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import check_shapes
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,19 @@ class Ranks:
             dist.barrier()
 
 
+def check_device(name: str) -> str:
+    """The name itself. Raises ValueError, one line, for a device that is none or is not there."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def start(device: str) -> Ranks:
-    """Joins the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+    """Joins the processes that torchrun started: NCCL between GPUs, gloo between CPUs. Raises ValueError, one line,
+    for a device that is not there."""
+    check_device(device)
     if "RANK" not in os.environ:
         return Ranks(device=torch.device(device))
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -151,7 +165,9 @@ def whole_state(model: nn.Module, optimizer=None) -> dict:
 
 @torch.no_grad()
 def load_whole_state(model: nn.Module, optimizer, state: dict) -> None:
-    """Undoes `whole_state`, on every rank."""
+    """Undoes `whole_state`, on every rank. Raises ValueError, one line, for a model of other names or shapes."""
+    check_shapes(Path("checkpoint"), *({name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                                       for tensors in (model.state_dict(), state["model"])))
     model.load_state_dict({name: _spread(state["model"][name], tensor) for name, tensor in model.state_dict().items()})
     for name, parameter in model.named_parameters():
         for key, moment in state["optimizer"].get(name, {}).items():

@@ -20,8 +20,9 @@ import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
-from generate import DETAIL, TINY, Painter, Sampling, check_device, write_text
-from mars import MARS
+from distributed import check_device
+from generate import DETAIL, TINY, Painter, Sampling, write_text
+from mars import MARS, cross_entropy_in_chunks
 from recipes import agrees, claims, parse_steps
 from recipes import sample as sample_recipe
 from tokenizer import Tokenizer
@@ -120,12 +121,13 @@ def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[d
             for key in KEYS if (marks := [row[key] for row in found if row[key] is not None])]
 
 
-def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: Sampling) -> list[dict]:
+def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: Sampling,
+              things: int | None = None) -> list[dict]:
     """Sec. 3.4, Stage III: n renders of unseen scenes made larger, by K codes a pass, and so are the model's own
     pictures -> a row for each K: PSNR in dB against the large render, beside bicubic scaling of the small one; shares
     that the checker passes; forward passes after the prompt's; seconds a picture."""
     scale, rows = upscaler.model.config.long_side // max(painter.sizes[0]), []
-    asked = questions("train", n, seed, None, painter.sizes[0])
+    asked = questions("train", n, seed, things, painter.sizes[0])
     texts = [text for _, text, _ in asked]
     small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))
     drawn = painter.paint(texts, sampling, seed)
@@ -133,15 +135,16 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
     right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, said)) / n
     plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
     codes = large[0].width * large[0].height // upscaler.vqgan.factor ** 2
+    same = {"psnr_bicubic": psnr(plain, large), "psnr_codec": psnr(upscaler.restore(large), large),
+            "drawn_right": right(drawn, CELL)}
     for k in sorted({k for k in (1, 4, 16) if k <= upscaler.model.config.ahead} | {upscaler.model.config.ahead}):
         detail = dataclasses.replace(DETAIL, heads=k)
         started = time.perf_counter()
         ours = upscaler.upscale(small, texts, detail)
         seconds = time.perf_counter() - started
-        rows.append({"heads": k, "psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large),
-                     "psnr_codec": psnr(upscaler.restore(large), large), "right": right(ours, CELL * scale),
-                     "drawn_right": right(drawn, CELL), "drawn_upscaled_right":
-                     right(upscaler.upscale(drawn, texts, detail), CELL * scale), "passes": -(-codes // k) - 1,
+        again = upscaler.upscale(drawn, texts, detail)
+        rows.append({"heads": k, **same, "psnr": psnr(ours, large), "right": right(ours, CELL * scale),
+                     "drawn_upscaled_right": right(again, CELL * scale), "passes": -(-codes // k) - 1,
                      "seconds": seconds / n})
     return rows
 
@@ -206,7 +209,8 @@ def perplexity(model: MARS, tokenizer: Tokenizer, rows: int, seed: int, things: 
     rng = random.Random(f"{seed}/perplexity")
     tokens = torch.tensor(text_rows(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng))
     tokens = tokens.to(model.norm.weight.device)
-    return math.exp(model.loss(tokens, torch.ones_like(tokens, dtype=torch.bool)).item())
+    hidden = model.hidden(tokens)[:, :-1].flatten(0, 1)
+    return math.exp(cross_entropy_in_chunks(hidden, tokens[:, 1:].flatten(), model.logits, 4096).item())
 
 
 def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | None = None) -> tuple[float, list[str]]:
@@ -270,6 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_line_errors("evaluate.py"):
         painter = Painter.from_pretrained(args.weights, check_device(args.device))
+        cascade = args.weights / "stage3"
+        upscaler = Painter.from_pretrained(cascade, args.device) if (cascade / "config.json").is_file() else None
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
         if args.recipes:
             sampling = Sampling(cfg=1.0, temperature=args.temperature)
@@ -291,9 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
                   "text_perplexity": perplexity(painter.model, painter.tokenizer, 64, args.seed, args.things),
                   "text_look_up": share}
         print(show(rows))
-        if (args.weights / "stage3").is_dir():
-            upscaler = Painter.from_pretrained(args.weights / "stage3", args.device)
-            report["cascade"] = cascading(painter, upscaler, min(args.prompts, 100), args.seed, sampling)
+        if upscaler:
+            report["cascade"] = cascading(painter, upscaler, min(args.prompts, 100), args.seed, sampling, args.things)
             print(show_cascade(report["cascade"]))
         print(f"text: perplexity {report['text_perplexity']:.3f}, questions answered {100 * share:.1f}%")
         write_json(args.out, report)

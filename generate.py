@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import one_line_errors, write_beside
-from data import (captioning, collate, encode_each, enlarge, fit, grid, open_picture, prompt, save_image, size_text,
-                  title_text, to_image, to_pixels)
+from data import (captioning, collate, decode_each, encode_each, enlarge, fit, grid, open_picture, prompt, save_image,
+                  size_text, title_text, to_pixels)
+from distributed import check_device
 from mars import MARS
 from recipes import markdown, parse_steps
 from tokenizer import QwenTokenizer, Tokenizer, Vocabulary, load_tokenizer
@@ -245,13 +246,13 @@ def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor
 
 # ----------------------------------------------------------------------------- the whole path
 
-def check_device(name: str) -> str:
-    """The name itself. Raises ValueError, one line, for a device that is none or is not there."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    return name
+def load_stage(directory: str | Path, device="cpu", model_device=None) -> tuple[MARS, VQGAN, Tokenizer | QwenTokenizer]:
+    """What a stage of train.py from stage1 on wrote. Raises ValueError, one line, for a folder that is none."""
+    directory = Path(directory)
+    model = MARS.from_pretrained(directory, model_device or device)
+    if not model.vocabulary.codes:
+        raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
+    return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
 
 
 class Painter:
@@ -265,13 +266,9 @@ class Painter:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu") -> "Painter":
-        """Reads a folder that `train.py stage1` wrote. Raises ValueError, one line, for a bad one."""
-        directory = Path(directory)
-        model = MARS.from_pretrained(directory, device)
-        if not model.vocabulary.codes:
-            raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
-        vqgan = VQGAN.from_pretrained(directory / "vqgan", device)
-        return cls(model, vqgan, load_tokenizer(directory), vqgan.config.resolution)
+        """Reads what a stage of train.py from stage1 on wrote. Raises ValueError, one line, for a bad folder."""
+        model, vqgan, tokenizer = load_stage(directory, device)
+        return cls(model, vqgan, tokenizer, vqgan.config.resolution)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -328,7 +325,7 @@ class Painter:
             if best_of > 1:
                 likely = caption_log_likelihood(self.model, some, codes, self.tokenizer.eos, asked).view(-1, best_of)
                 codes = codes.unflatten(0, (-1, best_of))[torch.arange(len(likely)), likely.argmax(1)]
-            images += [to_image(pixels) for pixels in self.vqgan.decode(codes)]
+            images += decode_each(self.vqgan, codes)
         return images
 
     @torch.no_grad()
@@ -352,8 +349,7 @@ class Painter:
         for start in range(0, len(prompts), batch):
             for ids, codes in write_mixed(self.model, prompts[start:start + batch], self.tokenizer.eos, h, w, sampling,
                                           generator, most, max_text):
-                images = [to_image(self.vqgan.decode(picture[None].to(device))[0]) for picture in codes]
-                pages.append((self.tokenizer.decode(ids).strip(), images))
+                pages.append((self.tokenizer.decode(ids).strip(), decode_each(self.vqgan, codes) if len(codes) else []))
         return pages
 
     @torch.no_grad()
@@ -373,8 +369,8 @@ class Painter:
                 captions = [self.encode_prompt(prompts[i], pixels) for i in some]
                 codes = draw_codes(self.model, captions, height // factor, width // factor, sampling, generator, asked,
                                    encode_each(self.vqgan, small))
-                for i, image in zip(some, self.vqgan.decode(codes)):
-                    larger[i] = to_image(image)
+                for i, image in zip(some, decode_each(self.vqgan, codes)):
+                    larger[i] = image
         return larger
 
     def nearest_size(self, image) -> tuple[int, int]:
@@ -387,12 +383,14 @@ class Painter:
         with torch.no_grad():
             for start in range(0, len(images), batch):
                 for codes in encode_each(self.vqgan, [to_pixels(image) for image in images[start:start + batch]]):
-                    restored.append(to_image(self.vqgan.decode(codes[None].to(self.model.norm.weight.device))[0]))
+                    restored += decode_each(self.vqgan, codes[None])
         return restored
 
     def describe(self, images, max_tokens: int = 96, batch: int = 64) -> list[str]:
         """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step."""
         texts = []
+        if self.model.config.long_side:
+            raise ValueError("these weights only upscale; expected those of train.py stage1 or stage2 to describe with")
         eos = self.tokenizer.eos
         for start in range(0, len(images), batch):
             some = images[start:start + batch]
@@ -435,7 +433,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Stage III: make the drawn picture larger; or this one, which shows --prompt TEXT")
     parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
     parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
-    parser.add_argument("--heads", type=int, default=0, metavar="K", help="Eq. 2: codes a pass when upscaling; 0: all")
+    parser.add_argument("--heads", type=int, default=0, metavar="K", help="Eq. 2: codes a pass; 0: all heads")
     parser.add_argument("--recipe", metavar="TITLE", help="Sec. 4.6: write the steps and draw a picture for each")
     parser.add_argument("-o", "--out", help="PNG to write, several pictures as one grid; with --recipe Markdown")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
@@ -484,10 +482,15 @@ def main(arguments: list[str] | None = None) -> None:
             image = open_picture(args.caption)
             print(Painter.from_pretrained(args.weights, device).describe([image])[0])
             return
-        if args.upscale:
+        if args.upscale is not None:
             upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", device)
         if args.shows:
-            save_image(upscaler.upscale([open_picture(args.upscale)], [args.shows], detail, args.seed)[0], args.out)
+            image = open_picture(args.upscale)
+            height, width = upscaler.nearest_size(image)
+            if width * image.height != height * image.width:
+                print(f"generate.py: {args.upscale} is cropped to {width} x {height}, of the sizes that these weights "
+                      "enlarge the nearest", file=sys.stderr)
+            save_image(upscaler.upscale([image], [args.shows], detail, args.seed)[0], args.out)
             print(f"wrote {args.out}")
             return
         painter = Painter.from_pretrained(args.weights, device)
@@ -499,8 +502,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{text}\nwrote {args.out} and {len(images)} pictures beside it")
             return
         prompts = [text for text in args.prompt for _ in range(args.num)]
-        sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-        images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=args.size)
+        sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p, args.heads)
+        size = args.size or painter.sizes[0]
+        if args.upscale and size not in upscaler.sizes:
+            raise ValueError(f"size {size[0]}x{size[1]}: expected one that the cascade enlarges, height x width: "
+                             + ", ".join(f"{h}x{w}" for h, w in upscaler.sizes))
+        images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=size)
         if args.upscale:
             images = upscaler.upscale(images, prompts, detail, args.seed)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)

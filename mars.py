@@ -37,7 +37,10 @@ class MARSConfig(SemVIEConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))         # JSON knows but lists
+        sizes = tuple(tuple(size) if isinstance(size, (list, tuple)) else size for size in self.sizes)
+        if not all(isinstance(size, tuple) and len(size) == 2 for size in sizes):
+            raise ValueError(f"sizes is {self.sizes!r}, expected pairs of height and width")
+        object.__setattr__(self, "sizes", sizes)                                  # JSON knows but lists
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -96,7 +99,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.heads_a_step: int | None = None                          # of heads 2 to K, trained in a step; None: all
+        self.heads_this_step: list[int] | None = None                 # which of heads 2 to K the loss asks; None: all
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -172,8 +175,8 @@ class MARS(nn.Module):
         targets = is_target[:, 1:]
         loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
         in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
-        chosen = torch.randperm(later)[:self.heads_a_step] if self.heads_a_step else torch.arange(later)
-        for k in (chosen + 2).tolist():                                # some at random: the same loss in expectation
+        chosen = self.heads_this_step or range(2, self.config.ahead + 1)
+        for k in chosen:                                               # some at random: the same loss in expectation
             asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
             of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
                 rows, ids, lambda part: self.logits(self.ahead(part, k)), chunk),
@@ -227,7 +230,7 @@ class MARS(nn.Module):
         codebook: the VQ-GAN's (codes, d): rows start apart instead, see `look_alike`.
         """
         config = dataclasses.replace(language.config, codes=codes, visual_experts=visual_experts,
-                                     route_output=route_output, ahead=ahead)
+                                     route_output=route_output, ahead=ahead, sizes=(), long_side=0)
         with torch.device("meta"):
             model = cls(config)
         for name, tensor in language.state_dict().items():
@@ -239,7 +242,8 @@ class MARS(nn.Module):
     @classmethod
     def from_earlier_stage(cls, earlier: "MARS", *, ahead: int, codebook: Tensor | None = None,
                            generator: torch.Generator | None = None) -> "MARS":
-        """Sec. 3.4, Stage III: weights of its own that start as those of Stage II, with K = `ahead` heads.
+        """Sec. 3.4, Stage III: weights of its own that start as those of Stage II, with K = `ahead` heads. Takes the
+        tensors of `earlier` over; it is not to be used any more.
 
         codebook: (codes, d) of another codec, as for the small sizes: the rows of its codes start anew.
         """
@@ -249,7 +253,7 @@ class MARS(nn.Module):
             model = cls(dataclasses.replace(earlier.config, codes=codes, ahead=ahead))
         for name, tensor in earlier.state_dict().items():
             if (codebook is None or name not in rows) and not name.startswith("visual_ahead."):
-                model._put(name, tensor.clone())
+                model._put(name, tensor)
         model._grow(codebook, generator)
         if codebook is not None:
             for name in rows:                                                     # special tokens keep their meaning

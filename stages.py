@@ -4,6 +4,7 @@ A stage gives the loop in train.py `trained` (a module), `backward` (a step's gr
 at) and `save`. Shapes: B batch, T tokens.
 """
 import dataclasses
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from data import (Codes, Encoding, RecipePictures, World, collate, encode, fit, 
                   save_image, stage1_rows, stage3_rows, text_rows, title_text, to_image, to_pixels)
 from distributed import Spread, whole_state
 from evaluate import accuracy, judge_recipe, look_up, recipe_accuracy
-from generate import Painter, save_recipe
+from generate import Painter, load_stage, save_recipe
 from mars import MARS, MARSConfig, count_parameters
 from recipes import sample as sample_recipe
 from recipes import text_of
@@ -64,6 +65,7 @@ class Preset:
 
 class VQGANStage:
     """Sec. 3.3, Tokenization: trains the codec on pictures alone, in one process."""
+    inputs = ()
 
     def __init__(self, args, preset: Preset):
         if args.ranks.count > 1 or args.shard:
@@ -149,6 +151,7 @@ class NextToken:
 
 class TextStage(NextToken):
     """Not in the paper, which loads Qwen-7B: pre-trains the small language model that stands in for it."""
+    inputs = ()
 
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
@@ -196,6 +199,7 @@ class TextStage(NextToken):
 
 class Stage1(NextToken):
     """Sec. 3.4, Stage I: text-to-image and captioning by next-token prediction; the language side is frozen."""
+    inputs = ("vqgan", "language")     # flags that name the folders a run begins with
     trains_language = False
 
     def __init__(self, args, preset: Preset):
@@ -235,9 +239,12 @@ class Stage1(NextToken):
 
     def rows(self, step: int, rng: random.Random):
         """Pictures, each with what it is used for."""
-        indices = self.simple if step < self.preset.curriculum * self.recipe.steps else self.all
         share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
-        return stage1_rows(self.source, indices, self.recipe.batch, rng, share)
+        return stage1_rows(self.source, self.indices(step, rng), self.recipe.batch, rng, share)
+
+    def indices(self, step: int, rng: random.Random) -> list[int]:
+        """The pictures that a step draws from."""
+        return self.simple if step < self.preset.curriculum * self.recipe.steps else self.all
 
     def tensors(self, rows):
         """-> tokens (B, T), is_target (B, T)."""
@@ -267,7 +274,7 @@ class Stage1(NextToken):
             return {}
         texts += (texts * ranks.count)[:-len(texts) % ranks.count]                   # as many for each rank
         found, shown = {}, []
-        for size in self.painter.sizes:
+        for size in self.painter.sizes[:5]:
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
                 images = ranks.together(self.painter.paint(ranks.share(texts), seed=self.args.seed, size=size))
             shown += images[:16]
@@ -291,18 +298,26 @@ class Stage2(Stage1):
     """Sec. 3.4, Stage II: goes on from Stage I with pictures that keep their aspect ratio and fine captions that name
     the size. One caption in four of the rendered world stays coarse (ours), or short prompts would be forgotten."""
 
+    inputs = ("init",)
+
     def start(self) -> None:
-        """Loads all that Stage I wrote."""
-        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device)
+        """Loads all that Stage I, or an earlier Stage II, wrote."""
+        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device, "cpu")
+        if self.model.config.long_side:
+            raise ValueError(f"{self.args.init}: of Stage III, which only upscales; expected --init of Stage I or II")
 
     def read(self) -> None:
         """Opens the pictures, encodes them once, and sorts them into buckets of one size."""
         args, preset = self.args, self.preset
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.aspects,
-                                  details=("fine", "fine", "fine", "coarse"))
+        self.source = self.open(preset.aspects)
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
         self.sort(self.codes)
+
+    def open(self, sizes):
+        """The source, with mostly fine captions."""
+        return open_source(self.args.data, self.preset.pictures, self.args.seed, things=self.preset.things, sizes=sizes,
+                           details=("fine", "fine", "fine", "coarse"))
 
     def sort(self, codes: Codes, **changes) -> None:
         """Puts pictures of one size together, and notes the sizes, squares first, in the model's config."""
@@ -311,20 +326,15 @@ class Stage2(Stage1):
         self.model.config = dataclasses.replace(
             self.model.config, sizes=tuple((h * factor, w * factor) for h, w in square_first), **changes)
 
-    def draw_bucket(self, rng: random.Random) -> list[int]:
+    def indices(self, step: int, rng: random.Random) -> list[int]:
         """Pictures of one size; the more there are of a size, the more often it has its turn."""
         sizes = list(self.buckets)
         size, = rng.choices(sizes, [len(self.buckets[size]) for size in sizes])
         return self.buckets[size]
 
-    def rows(self, step: int, rng: random.Random):
-        """Pictures of one size, each with what it is used for."""
-        share = self.preset.caption_share if self.args.caption_share is None else self.args.caption_share
-        return stage1_rows(self.source, self.draw_bucket(rng), self.recipe.batch, rng, share)
-
     def size_ids(self, row) -> list[int]:
         """The resolution in the caption."""
-        h, w = (self.codes if row.low is None else self.low)[row.index].shape
+        h, w = self.codes[row.index].shape
         return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
 
 
@@ -332,22 +342,24 @@ class Stage3(Stage2):
     """Sec. 3.4, Stage III: the cascade. From a caption and a small picture to the large one, K codes at a time (Eq. 2),
     with weights of its own that start as Stage II's."""
 
+    inputs = ("init", "vqgan")
+
     def start(self) -> None:
         """Loads Stage II; a codec of its own, where --vqgan names another one, brings rows of its own."""
         args, preset = self.args, self.preset
-        earlier, vqgan, self.tokenizer = load_stage(args.init, args.ranks.device)
+        earlier, vqgan, self.tokenizer = load_stage(args.init, args.ranks.device, "cpu")
         self.vqgan = VQGAN.from_pretrained(args.vqgan, args.ranks.device) if args.vqgan else vqgan
         codebook, old = self.vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight
         self.model = MARS.from_earlier_stage(
             earlier, ahead=args.ahead or preset.ahead, codebook=None if torch.equal(codebook, old) else codebook,
             generator=torch.Generator().manual_seed(args.seed))
-        self.model.heads_a_step = preset.heads_a_step
 
     def read(self) -> None:
         """Opens the pictures, and encodes each twice: large, and small."""
         args, preset = self.args, self.preset
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.large,
-                                  details=("fine", "fine", "fine", "coarse"))
+        if (Path(args.data) / "codes.json").is_file():
+            raise ValueError(f"--data {args.data}: holds codes; stage3 needs pictures, and encodes each twice")
+        self.source = self.open(preset.large)
         small = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
         large = dataclasses.replace(small, long_side=preset.long_side)
         self.low = encode(self.source, self.vqgan, small, args.out / "codes-low", args.ranks)
@@ -356,39 +368,47 @@ class Stage3(Stage2):
 
     def rows(self, step: int, rng: random.Random):
         """Pictures of one size, each with a small copy that has a few wrong codes."""
-        bucket = self.draw_bucket(rng)
-        return stage3_rows(self.source, self.low, bucket, self.recipe.batch, rng, self.args.corruption,
+        if self.preset.heads_a_step:
+            later = range(2, self.model.config.ahead + 1)
+            self.model.heads_this_step = rng.sample(later, min(self.preset.heads_a_step, len(later)))
+        return stage3_rows(self.source, self.low, self.indices(step, rng), self.recipe.batch, rng, self.args.corruption,
                            self.vqgan.config.num_embeddings)
 
+    def size_ids(self, row) -> list[int]:
+        """The resolution in the caption: the large picture's, by way of the small one's."""
+        h, w = self.low[row.index].shape
+        return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
+
     def sample(self, path: Path) -> dict:
-        """Makes sixteen pictures larger, and says how near they come to what they should be, beside bicubic scaling."""
-        some = [i for i in self.codes.whole if self.source.caption(i, random.Random(0))][:16]
-        if isinstance(self.source, Codes) or not some:
+        """Makes up to sixteen training pictures larger -> how near they come to what they should be, beside bicubic
+        scaling; writes eight: bicubic, ours, as they should be."""
+        ranks = self.args.ranks
+        captioned = (i for i in self.codes.whole if self.source.caption(i, random.Random(0)))
+        some = list(itertools.islice(captioned, 16 * ranks.count))
+        some = some[:len(some) // ranks.count * ranks.count]                         # as many for each rank
+        if not some:
             return {}
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True)
         small = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
         how = dataclasses.replace(how, long_side=self.preset.long_side)
         large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
-        ours = self.painter.upscale(small, [self.source.caption(i, random.Random(0)) for i in some])
+        texts = [self.source.caption(i, random.Random(0)) for i in some]
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            ours = ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts)))
         plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
-        if self.args.ranks.is_first:
-            save_image(grid([*plain[:8], *ours[:8], *large[:8]]), path.with_suffix(".png"))
+        if ranks.is_first:
+            columns = min(8, len(some))
+            save_image(grid([*plain[:columns], *ours[:columns], *large[:columns]], columns), path.with_suffix(".png"))
         return {"psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large)}
 
 
-class Joint(Stage1):
+class Joint(Stage2):
     """Sec. 4.6: text and images in one output, on recipes; goes on from Stage I or II and trains the language too.
 
     It has to: the steps come before every picture, so by causality no visual weight can change a single text logit
     there, and with the language side frozen the model would go on writing the text it was pre-trained on.
     """
     trains_language = True
-
-    def start(self) -> None:
-        """Loads all that Stage I or II wrote."""
-        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device)
-        if self.model.config.long_side:
-            raise ValueError(f"{self.args.init}: of Stage III, which only upscales; expected --init of Stage I or II")
 
     def read(self) -> None:
         """Makes recipes, one for six of the preset's pictures (tiny: 10,000, as in the paper), and encodes theirs."""
@@ -427,14 +447,6 @@ class Joint(Stage1):
             for k, (title, (text, images)) in enumerate(zip(titles[:4], drawn), 1):
                 save_recipe(path / f"{k}.md", title, text, images)
         return recipe_accuracy([judge_recipe(title, *page) for title, page in zip(titles, drawn)])
-
-
-def load_stage(directory: str | Path, device) -> tuple[MARS, VQGAN, Tokenizer]:
-    """What an earlier stage wrote. Raises ValueError, one line, for a folder that holds no such thing."""
-    model, directory = MARS.from_pretrained(directory), Path(directory)
-    if not model.vocabulary.codes:
-        raise ValueError(f"{directory}: a language model alone; expected the --out of an earlier stage")
-    return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
 
 
 STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": Stage2, "stage3": Stage3, "joint": Joint}

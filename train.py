@@ -26,9 +26,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import one_line_errors, write_beside
+from checkpoint import fingerprint, one_line_errors, write_beside
 from distributed import Ranks, load_whole_state, start, stop, whole_state
-from generate import TINY, check_device
+from generate import TINY
 from mars import MARSConfig
 from mars import PRESETS as SIZES
 from stages import STAGES, Preset, Recipe
@@ -55,12 +55,13 @@ def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
 
 
-def save_checkpoint(out: Path, step: int, trained: nn.Module, optimizer, ranks: Ranks) -> None:
+def save_checkpoint(out: Path, step: int, trained: nn.Module, optimizer, ranks: Ranks, inputs: dict) -> None:
     """All that a run needs to go on, beside and renamed; the last two are kept. Raises ValueError on a full disk.
 
     The data of step n are drawn from the seed and n alone, so the step is the data's position.
     """
-    state = {"step": step, "ranks": ranks.count, "rng": torch.get_rng_state(), **whole_state(trained, optimizer)}
+    state = {"step": step, "ranks": ranks.count, "inputs": inputs, "rng": torch.get_rng_state(),
+             **whole_state(trained, optimizer)}
     if not ranks.is_first:
         return
     try:
@@ -77,14 +78,20 @@ def newest(out: Path) -> str:
     return str(max(out.glob("checkpoint-*.pt"), default="none"))
 
 
-def resume(out: Path, trained: nn.Module, optimizer, ranks: Ranks) -> int:
-    """Loads the newest whole checkpoint -> the step to go on with. Raises ValueError where there is none."""
+def resume(out: Path, trained: nn.Module, optimizer, ranks: Ranks, inputs: dict) -> int:
+    """Loads the newest whole checkpoint -> the step to go on with.
+
+    Raises ValueError, one line, where there is none, or it is of a run that began with other `inputs`.
+    """
     for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError):
             print(f"{path} is not whole, trying the one before", file=sys.stderr)
             continue
+        for name, found in inputs.items():
+            if state["inputs"].get(name) != found:
+                raise ValueError(f"{path}: that run began with another --{name}; expected the same folder to go on")
         load_whole_state(trained, optimizer, state)
         torch.set_rng_state(state["rng"])
         if state["ranks"] != ranks.count and ranks.is_first:
@@ -141,7 +148,8 @@ def train(args, preset: Preset) -> None:
     stage = STAGES[args.stage](args, preset)
     stage.trained.train()
     optimizer = make_optimizer(stage.trained, recipe)
-    first = resume(out, stage.trained, optimizer, ranks) if args.resume else 0
+    inputs = {name: fingerprint(getattr(args, name)) for name in stage.inputs if getattr(args, name)}
+    first = resume(out, stage.trained, optimizer, ranks, inputs) if args.resume else 0
     if ranks.is_first:
         keep_lines_before(out / "metrics.jsonl", first)
         count = sum(p.numel() for p in stage.trained.parameters())
@@ -175,7 +183,7 @@ def train(args, preset: Preset) -> None:
             bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
             stopping = ranks.sum(len(signals)) > 0
             if stopping or (step + 1) % args.save_every == 0:
-                save_checkpoint(out, step + 1, stage.trained, optimizer, ranks)
+                save_checkpoint(out, step + 1, stage.trained, optimizer, ranks, inputs)
             if stopping:
                 bar.close()
                 print(f"stopped after step {step + 1} and saved; --resume goes on", file=sys.stderr)
@@ -267,7 +275,8 @@ def run_stage(args, preset: Preset) -> None:
     """Fills in the stage's recipe, changed by the flags, and trains."""
     changed = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
     if args.stage not in preset.recipes:
-        raise ValueError(f"preset {args.preset!r} has no recipe for {args.stage}; its weights are published")
+        known = ", ".join(name for name, other in PRESETS.items() if args.stage in other.recipes)
+        raise ValueError(f"preset {args.preset!r} has no recipe for {args.stage}; expected --preset {known}")
     args.recipe = dataclasses.replace(preset.recipes[args.stage], **changed)
     if args.recipe.batch % args.ranks.count:
         raise ValueError(f"a batch of {args.recipe.batch} does not divide over {args.ranks.count} processes")
@@ -285,7 +294,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     preset = PRESETS[args.preset]
     with one_line_errors("train.py"):
-        check_device(args.device)
         args.ranks = start(args.device)
         if args.stage != "all":
             run_stage(args, preset)
