@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoint import one_line_errors
 
-MEASURED = ("colour", "shape", "texture", "size", "count", "relation", "all", "look_up", "psnr")
+EVERY_STEP = ("step", "loss", "lr", "tokens_per_s")                # what each line has; the rest is measured now and then
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -33,10 +33,8 @@ def curves(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
     losses = [row["loss"] for row in rows]
     found = {"loss": [(rows[min(i + smooth, len(rows)) - 1]["step"], sum(part) / len(part))
                       for i in range(0, len(rows), smooth) if (part := losses[i:i + smooth])]}
-    for name in MEASURED:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            found[name] = points
+    for name in dict.fromkeys(key for row in rows for key in row if key not in EVERY_STEP):
+        found[name] = [(row["step"], row[name]) for row in rows if name in row]
     return found
 
 
