@@ -205,12 +205,13 @@ def recipes_report(painter: Painter, n: int, seed: int, sampling: Sampling) -> l
 
 @torch.no_grad()
 def perplexity(model: MARS, tokenizer: Tokenizer, rows: int, seed: int, things: int | None) -> float:
-    """Sec. 3.2's claim that language stays: exp of the mean loss a token on `rows` unseen rows of text."""
+    """Sec. 3.2's claim that language stays: exp of the mean loss a token on `rows` unseen rows of text, by the text
+    head's own softmax, as the language model has it."""
     rng = random.Random(f"{seed}/perplexity")
     tokens = torch.tensor(text_rows(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng))
     tokens = tokens.to(model.norm.weight.device)
     hidden = model.hidden(tokens)[:, :-1].flatten(0, 1)
-    return math.exp(cross_entropy_in_chunks(hidden, tokens[:, 1:].flatten(), model.logits, 4096).item())
+    return math.exp(cross_entropy_in_chunks(hidden, tokens[:, 1:].flatten(), model.text_logits, 4096).item())
 
 
 def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | None = None) -> tuple[float, list[str]]:
