@@ -13,6 +13,7 @@ from PIL import Image
 
 import corpus
 import evaluate
+import recipes
 import world
 from checker import check
 from generate import TINY, Painter
@@ -124,7 +125,23 @@ def test_fresh_samples_agree_with_the_shipped_report(painter):
     assert abs(found - expected) < 4 * (expected * (1 - expected) / 40 + 1e-3) ** 0.5
 
 
+def test_a_title_becomes_a_page_whose_pictures_show_their_steps(tmp_path):
+    title = "how to draw a red circle above a blue square"
+    done = command("generate.py", "--recipe", title, "-o", "page.md", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = recipes.parse_steps(done.stdout.split("\nwrote")[0])
+    assert recipes.agrees(title, steps) and "page-1.png" in (tmp_path / "page.md").read_text()
+    for k, claim in enumerate(recipes.claims(steps), 1):
+        assert check(Image.open(tmp_path / f"page-{k}.png"), claim)["all"]
+
+
 # ----------------------------------------------------------------------------- the README
+
+def test_readme_shows_the_shipped_report_of_recipes():
+    report = json.loads((TINY / "joint" / "report.json").read_text())
+    assert all(row["n"] >= 100 for row in report["rows"] if row["language"] == "both")
+    assert evaluate.show(report["rows"], evaluate.RECIPE_KEYS) in README
+
 
 def test_readme_shows_the_shipped_report():
     report = json.loads((TINY / "report.json").read_text())
