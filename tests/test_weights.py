@@ -137,6 +137,16 @@ def test_a_title_becomes_a_page_whose_pictures_show_their_steps(tmp_path):
 
 # ----------------------------------------------------------------------------- the README
 
+def test_readme_shows_what_the_best_of_eight_gains():
+    rows = [row for row in json.loads((ROOT / "results" / "best-of-8.json").read_text())["rows"]
+            if row["language"] == "both" and row["task"] in ("drawing", "best of 8")]
+    assert evaluate.show(rows) in README
+    share = {(row["task"], row["split"]): row["share"] for row in rows if row["what"] == "all"}
+    for split in ("seen pairs", "unseen combinations"):
+        assert round(100 * (share["best of 8", split] - share["drawing", split])) in (8, 9)
+    assert share["best of 8", "held-out pairs"] == 0
+
+
 def test_readme_shows_the_shipped_report_of_recipes():
     report = json.loads((TINY / "joint" / "report.json").read_text())
     assert all(row["n"] >= 100 for row in report["rows"] if row["language"] == "both")
