@@ -2,7 +2,7 @@
 import hashlib
 import json
 import random
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -196,3 +196,14 @@ def test_wrong_requests_are_refused():
                  lambda: caption(sample_scene(rng), rng, "de", "fine")):
         with pytest.raises(ValueError, match="expected|too few"):
             call()
+
+
+@pytest.mark.parametrize("cell, distinct", [(16, 2160), (32, 5435)])
+def test_the_world_has_as_many_distinct_cells_as_the_readme_says(cell, distinct):
+    """Of 16 x 16 pixels, beside the three plain backgrounds; the large pictures of Stage III have 32 pixels a cell."""
+    found = set()
+    for look in product(COLOURS, SHAPES, TEXTURES, SIZES, BACKGROUNDS):
+        drawn = np.asarray(sprite(*look, cell))
+        places = range(0, len(drawn), 16)
+        found |= {drawn[y:y + 16, x:x + 16].tobytes() for y in places for x in places}
+    assert len(found) == distinct
