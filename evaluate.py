@@ -237,12 +237,12 @@ def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | 
 
 def show(rows: list[dict], head=(*KEYS, "exact")) -> str:
     """The rows as a table: one line a split and language, one column an attribute, shares in per cent."""
-    lines = [f"{'':34}" + "".join(f"{key:>12}" for key in head)]
+    lines = [f"{'':38}" + "".join(f"{key:>12}" for key in head)]
     groups = dict.fromkeys((row["task"], row["split"], row["language"]) for row in rows)
     for task, split, language in groups:
         cells = {row["what"]: row for row in rows
                  if (row["task"], row["split"], row["language"]) == (task, split, language)}
-        lines.append(f"{task + ', ' + split + ', ' + language:34}" + "".join(
+        lines.append(f"{task + ', ' + split + ', ' + language:38}" + "".join(
             f"{100 * cells[key]['share']:12.1f}" if key in cells else f"{'':12}" for key in head))
         whole = cells.get("all") or cells.get("exact")
         lines[-1] += f"   {100 * whole['low']:.1f} to {100 * whole['high']:.1f} of {whole['n']}"
