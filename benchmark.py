@@ -1,6 +1,6 @@
 """What things cost, each as a ratio to a named baseline in the same run (paper Sec. 4.1 reports only GPU days).
 
-    python benchmark.py                       all of it on the CPU, about three minutes
+    python benchmark.py                       all of it on the CPU
     python benchmark.py --device cuda --width 4096 --heads 32 --layers 4
 
 Every figure is the median of runs that take turns with the baseline's, so that a busy machine slows both.

@@ -131,9 +131,12 @@ def load_pickled(path: Path, model: nn.Module, device="cpu", unused: str | None 
 
 
 def fingerprint(directory: str | Path) -> str:
-    """Tells weight folders apart at little cost: a hash of each safetensors file's length, first and last megabyte."""
+    """Tells weight folders apart at little cost: a hash of each safetensors file's length, first and last megabyte.
+
+    The folder's own and its codec's: a later stage may well write its weights into another folder inside.
+    """
     found = hashlib.sha256()
-    for path in sorted(Path(directory).rglob("*.safetensors")):
+    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("vqgan/*.safetensors")]):
         size = path.stat().st_size
         with path.open("rb") as file:
             found.update(f"{size}".encode() + file.read(2 ** 20))

@@ -640,13 +640,13 @@ def stage3_rows(source, low: Codes, indices, batch: int, rng: random.Random, cor
     corruption: chance that a code of the small picture is any of the `codes` (ours: when drawing, the small picture
     is the model's own and not free of errors); drop: as above.
     """
-    rows = []
-    for row in stage1_rows(source, indices, batch, rng, caption_share=0.0, drop=drop):
+    rows = stage1_rows(source, indices, batch, rng, caption_share=0.0, drop=drop)
+    noise = np.random.default_rng(rng.getrandbits(64))
+    for k, row in enumerate(rows):
         small = np.array(low[row.index])                                                 # (h, w)
-        for place in np.ndindex(small.shape):
-            if rng.random() < corruption:
-                small[place] = rng.randrange(codes)
-        rows.append(Row(row.index, row.text, low=small))
+        wrong = noise.random(small.shape) < corruption
+        small[wrong] = noise.integers(codes, size=wrong.sum())
+        rows[k] = Row(row.index, row.text, low=small)
     return rows
 
 
@@ -666,9 +666,7 @@ def text_rows(document, tokenizer: Tokenizer, batch: int, length: int, rng: rand
 def inspect(codes: Codes, vqgan, n: int, seed: int) -> tuple[Image.Image, list[str]]:
     """A grid of n random pictures, decoded from their codes, and their captions: training on wrong codes shows."""
     chosen = random.Random(seed).sample(codes.whole, min(n, len(codes.whole)))
-    rows = [torch.from_numpy(codes[i].astype(np.int64)).to(next(vqgan.parameters()).device) for i in chosen]
-    with torch.no_grad():
-        images = [to_image(vqgan.decode(row[None])[0]) for row in rows]
+    images = [decode_each(vqgan, torch.from_numpy(codes[i].astype(np.int64))[None])[0] for i in chosen]
     return grid(images), [f"{codes.title(i)}: {' | '.join(codes.captions(i)) or '(no caption)'}" for i in chosen]
 
 

@@ -254,7 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Counts how often pictures and captions are right.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--weights", default=TINY, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", default=300, type=int, metavar="N", help="prompts of each split")
+    parser.add_argument("--prompts", default=300, type=int, metavar="N", help="of each split (cascade: 100 at most)")
     parser.add_argument("--things", type=int, choices=(1, 2, 3), help="things a scene; without it one to three")
     parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T")

@@ -1,6 +1,7 @@
 """From a prompt to a picture, and from a picture to a caption (paper Sec. 3.1, Eq. 1, read as a sampler).
 
-    python generate.py "a red circle above a blue square"
+    python generate.py "a red circle above a blue square" --size 96x192        Stage II's sizes
+    python generate.py --upscale out.png --prompt "a red circle"               Stage III
     python generate.py --caption out.png
     python generate.py --recipe "how to draw a red circle above a blue star" -o out.md
 
@@ -246,10 +247,10 @@ def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor
 
 # ----------------------------------------------------------------------------- the whole path
 
-def load_stage(directory: str | Path, device="cpu", model_device=None) -> tuple[MARS, VQGAN, Tokenizer | QwenTokenizer]:
+def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, Tokenizer | QwenTokenizer]:
     """What a stage of train.py from stage1 on wrote. Raises ValueError, one line, for a folder that is none."""
     directory = Path(directory)
-    model = MARS.from_pretrained(directory, model_device or device)
+    model = MARS.from_pretrained(directory, device)
     if not model.vocabulary.codes:
         raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
     return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
@@ -448,7 +449,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", metavar="DIR",
-                        help=f"folder that train.py stage1 wrote ({TINY}); with --recipe, train.py joint (its joint)")
+                        help=f"what train.py wrote, from stage1 on ({TINY}); with --recipe that of joint")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--caption", metavar="IMAGE", help="describe this picture instead")
     args = parser.parse_args(arguments)

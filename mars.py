@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import qwen
 from checkpoint import load_folder, one_line_errors, save_folder
 from semvie import Context, KVCache, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles
-from tokenizer import Vocabulary
+from tokenizer import SPECIAL_TOKENS, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +256,9 @@ class MARS(nn.Module):
                 model._put(name, tensor)
         model._grow(codebook, generator)
         if codebook is not None:
-            for name in rows:                                                     # special tokens keep their meaning
-                special = earlier.get_parameter(name).data[earlier.config.codes:earlier.config.codes + 6]
-                model.get_parameter(name).data[codes:codes + 6] = special
+            n, old = len(SPECIAL_TOKENS), earlier.config.codes                    # they keep their meaning
+            for name in rows:
+                model.get_parameter(name).data[codes:codes + n] = earlier.get_parameter(name).data[old:old + n]
         return model
 
     def _put(self, name: str, tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoint import one_line_errors
 
-EVERY_STEP = ("step", "loss", "lr", "tokens_per_s")                # what each line has; the rest is measured now and then
+EVERY_STEP = ("step", "loss", "lr", "tokens_per_s")                # the rest is measured now and then
 
 
 def read_metrics(path: Path) -> list[dict]:

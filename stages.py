@@ -302,7 +302,8 @@ class Stage2(Stage1):
 
     def start(self) -> None:
         """Loads all that Stage I, or an earlier Stage II, wrote."""
-        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init, self.args.ranks.device, "cpu")
+        self.model, self.vqgan, self.tokenizer = load_stage(self.args.init)
+        self.vqgan.to(self.args.ranks.device)
         if self.model.config.long_side:
             raise ValueError(f"{self.args.init}: of Stage III, which only upscales; expected --init of Stage I or II")
 
@@ -347,9 +348,10 @@ class Stage3(Stage2):
     def start(self) -> None:
         """Loads Stage II; a codec of its own, where --vqgan names another one, brings rows of its own."""
         args, preset = self.args, self.preset
-        earlier, vqgan, self.tokenizer = load_stage(args.init, args.ranks.device, "cpu")
-        self.vqgan = VQGAN.from_pretrained(args.vqgan, args.ranks.device) if args.vqgan else vqgan
-        codebook, old = self.vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight
+        earlier, vqgan, self.tokenizer = load_stage(args.init)
+        own = VQGAN.from_pretrained(args.vqgan) if args.vqgan else vqgan
+        codebook, old = own.quantize.embedding.weight, vqgan.quantize.embedding.weight
+        self.vqgan = own.to(args.ranks.device)
         self.model = MARS.from_earlier_stage(
             earlier, ahead=args.ahead or preset.ahead, codebook=None if torch.equal(codebook, old) else codebook,
             generator=torch.Generator().manual_seed(args.seed))

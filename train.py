@@ -3,8 +3,10 @@
     python train.py vqgan  --preset tiny --out runs/vqgan
     python train.py text   --preset tiny --out runs/text
     python train.py stage1 --preset tiny --out runs/stage1 --vqgan runs/vqgan --language runs/text
-    python train.py joint  --preset tiny --out runs/joint  --init weights/tiny       (Sec. 4.6: text and pictures)
-    python train.py all    --preset nano --out runs/nano      (the three in a row)
+    python train.py stage2 --preset tiny --out runs/stage2 --init runs/stage1
+    python train.py stage3 --preset cascade --out runs/stage2/stage3 --init runs/stage2 --vqgan runs/cascade
+    python train.py joint  --preset tiny --out runs/joint  --init runs/stage2        (Sec. 4.6: text and pictures)
+    python train.py all    --preset nano --out runs/nano      (those that the preset has, in a row)
     torchrun --nproc_per_node=8 train.py stage1 ...           (see distributed.py)
 
 Shapes: B batch, T tokens.

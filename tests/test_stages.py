@@ -13,6 +13,7 @@ import generate
 import stages
 import test_train
 import train
+from checkpoint import fingerprint
 from data import Filters, Folder, Row, psnr, size_of, size_text, stage3_rows
 from generate import Painter, Sampling
 from mars import MARS, is_visual
@@ -98,6 +99,18 @@ def test_a_run_resumes_only_with_the_weights_that_it_began_with(runs, tmp_path, 
             train.main([*arguments, "--init", str(runs / "stage2"), "--out", str(tmp_path / "out"), "--resume"])
     assert stop.value.code == 2 and "that run began with another --init" in capsys.readouterr().err
     assert Painter.from_pretrained(tmp_path / "out").sizes == ((96, 96), (96, 192))
+
+
+def test_weights_of_a_later_stage_inside_do_not_make_a_folder_another_one(tmp_path):
+    for name in ("model", "vqgan/model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(b"weights")
+    before = fingerprint(tmp_path)
+    (tmp_path / "stage3").mkdir()
+    (tmp_path / "stage3" / "model.safetensors").write_bytes(b"later")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "vqgan" / "model.safetensors").write_bytes(b"another")
+    assert fingerprint(tmp_path) != before
 
 
 def photographs(folder):

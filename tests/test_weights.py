@@ -140,6 +140,24 @@ def test_a_title_becomes_a_page_whose_pictures_show_their_steps(tmp_path):
 
 # ----------------------------------------------------------------------------- the README
 
+def test_what_the_readme_says_of_the_runs_and_of_their_weights_is_what_was_measured():
+    runs = json.loads((ROOT / "results" / "training.json").read_text())          # the last line of each run's metrics
+    loss = {stage: f"loss {run['loss of the last 100 steps']:.3f}" for stage, run in runs.items() if stage != "vqgan"}
+    first, last = ({(row["task"], row["split"], row["language"], row["what"]): row["share"]
+                    for row in json.loads(path.read_text())["rows"]}
+                   for path in (ROOT / "results" / "stage1.json", TINY / "report.json"))
+    asked, flat = ("drawing", "seen pairs", "both", "all"), " ".join(README.split())
+    said = [f"PSNR {runs['vqgan']['psnr']:.1f} dB", f"{loss['text']}, questions {100 * runs['text']['look_up']:.1f}%",
+            f"{loss['stage1']}, {100 * first[asked]:.1f}% of 300", f"{loss['stage2']}, {100 * last[asked]:.1f}% of 300",
+            f"{loss['joint']}.", f"{runs['joint']['step'] + 1:,} steps from the Stage II weights"]
+    said += [f"| `{stage}` | {runs[stage]['step'] + 1:,} |" for stage in ("vqgan", "text", "stage1", "stage2")]
+    wide = [100 * share for (task, _, language, what), share in last.items()
+            if "x" in task and (language, what) == ("both", "all")]
+    said.append(f"{min(wide):.0f}% to {max(wide):.0f}% of the time, against {100 * last[asked]:.0f}%")
+    assert not [text for text in said if text not in flat]
+    assert 0.45 < last["captioning", "seen pairs", "both", "exact"] < 0.55                   # "half of the time"
+
+
 def test_readme_shows_what_the_best_of_eight_gains():
     rows = [row for row in json.loads((ROOT / "results" / "best-of-8.json").read_text())["rows"]
             if row["language"] == "both" and row["task"] in ("drawing", "best of 8")]
