@@ -70,12 +70,12 @@ def cross_entropy_in_chunks(hidden: Tensor, targets: Tensor, logits_of, chunk: i
 class Ahead(nn.Module):
     """Eq. 2: what head k > 1 puts before the vision head: a residual block, so that z_{t+k} is read off the hidden
     state of z_t. It starts at zero: at first all heads say what head 1 says. The paper does not say how K tokens are
-    predicted; K heads on the one causal trunk are our reading."""
+    predicted; K heads on the one causal trunk are our reading, each as narrow as the trunk, as there are K - 1."""
 
     def __init__(self, config: MARSConfig):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.ffn = SwiGLU(config.width, config.ffn_width)
+        self.ffn = SwiGLU(config.width, config.width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.ffn(self.norm(hidden))                                    # (..., D)
@@ -99,7 +99,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.heads_this_step: list[int] | None = None                 # which of heads 2 to K the loss asks; None: all
+        self.heads_this_step: list[int] | None = None                 # those of heads 2 to K that the loss asks; None: all
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -167,7 +167,7 @@ class MARS(nn.Module):
         """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks.
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
-        elsewhere. chunk: rows whose logits exist at a time; None: as many as make LOGITS. Memory does not grow with
+        elsewhere. With no head in `heads_this_step`, Eq. 1 of head 1. chunk: rows whose logits exist at a time; None: as many as make LOGITS. Memory does not grow with
         K: each head's work is dropped and done again in the backward pass.
         """
         hidden = self.hidden(tokens)                                                   # (B, T, D)
@@ -175,7 +175,7 @@ class MARS(nn.Module):
         targets = is_target[:, 1:]
         loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
         in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
-        chosen = self.heads_this_step or range(2, self.config.ahead + 1)
+        chosen = range(2, self.config.ahead + 1) if self.heads_this_step is None else self.heads_this_step
         for k in chosen:                                               # some at random: the same loss in expectation
             asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
             of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
@@ -184,7 +184,7 @@ class MARS(nn.Module):
             loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1)) * (later / len(chosen))
         if len(chosen) < later:                                        # all take part, or DDP would wait for them
             loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
-        return loss / self.config.ahead
+        return loss / self.config.ahead if chosen else loss
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""

@@ -57,6 +57,7 @@ class Preset:
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
     heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains; None: all
+    alone: float = 0.0            # share of Stage III's steps that train head 1 alone, before all; ours
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
 
@@ -370,9 +371,13 @@ class Stage3(Stage2):
 
     def rows(self, step: int, rng: random.Random):
         """Pictures of one size, each with a small copy that has a few wrong codes."""
-        if self.preset.heads_a_step:
-            later = range(2, self.model.config.ahead + 1)
-            self.model.heads_this_step = rng.sample(later, min(self.preset.heads_a_step, len(later)))
+        later, preset = range(2, self.model.config.ahead + 1), self.preset
+        if step < preset.alone * self.recipe.steps:
+            self.model.heads_this_step = []
+        elif preset.heads_a_step:
+            self.model.heads_this_step = rng.sample(later, min(preset.heads_a_step, len(later)))
+        else:
+            self.model.heads_this_step = None
         return stage3_rows(self.source, self.low, self.indices(step, rng), self.recipe.batch, rng, self.args.corruption,
                            self.vqgan.config.num_embeddings)
 

@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     small = test_train.small_preset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "test", dataclasses.replace(
-            small, aspects=((4, 4, 16), (4, 6, 16), (8, 4, 16)), large=((4, 4, 32),), ahead=4, heads_a_step=1,
+            small, aspects=((4, 4, 16), (4, 6, 16), (8, 4, 16)), large=((4, 4, 32),), ahead=4, heads_a_step=1, alone=0.5,
             recipes=small.recipes | {"stage2": Recipe(4, 8, 1e-3), "stage3": Recipe(4, 4, 1e-3)}))
         train.main(["all", "--preset", "test", "--out", str(out), "--sample-every", "4"])
     return out
@@ -189,9 +189,10 @@ def test_the_cascade_starts_as_stage_ii_and_rows_of_another_codebook_start_anew(
 
 
 def test_some_heads_a_step_cost_the_same_loss_in_expectation_and_leave_none_without_gradient(mars):
-    model = MARS.from_earlier_stage(mars, ahead=4)
     tokens = torch.tensor([[1, 58, 45, 43, 42, 44, 45, 59]])
     is_target = tokens >= 42
+    mars_loss = mars.loss(tokens, is_target).item()
+    model = MARS.from_earlier_stage(mars, ahead=4)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.visual_ahead.parameters():
@@ -204,6 +205,8 @@ def test_some_heads_a_step_cost_the_same_loss_in_expectation_and_leave_none_with
     assert np.std(found) > 0 and np.mean(found) == pytest.approx(whole, rel=1e-5)
     model.loss(tokens, is_target).backward()
     assert all(parameter.grad is not None for parameter in model.visual_ahead.parameters())
+    model.heads_this_step = []                                  # head 1 alone: Eq. 1
+    assert model.loss(tokens, is_target).item() == pytest.approx(mars_loss, rel=1e-6)
 
 
 def test_a_picture_drawn_or_given_comes_out_larger(runs, tmp_path, capsys):
