@@ -45,6 +45,12 @@ class Ranks:
         dist.all_reduce(total)
         return total.item()
 
+    def average(self, tensors) -> None:
+        """Each tensor becomes its mean over ranks."""
+        for tensor in tensors if self.count > 1 else ():
+            dist.all_reduce(tensor)
+            tensor /= self.count
+
     def together(self, shares: list) -> list:
         """Undoes `share`: the rows of all ranks in their order, on every rank."""
         if self.count == 1:

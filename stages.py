@@ -65,12 +65,12 @@ class Preset:
 # ----------------------------------------------------------------------------- the stages
 
 class VQGANStage:
-    """Sec. 3.3, Tokenization: trains the codec on pictures alone, in one process."""
+    """Sec. 3.3, Tokenization: trains the codec on pictures alone."""
     inputs = ()
 
     def __init__(self, args, preset: Preset):
-        if args.ranks.count > 1 or args.shard:
-            raise ValueError("the codec trains in one process: start this stage with python, without --shard")
+        if args.shard:
+            raise ValueError("the codec is small enough for every GPU: start this stage without --shard")
         self.args, self.recipe, self.preset = args, args.recipe, preset
         self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
@@ -91,23 +91,27 @@ class VQGANStage:
     def backward(self, step: int, rng: random.Random):
         """Adds the gradients of a step -> log entries, tokens seen, a function that names the pictures."""
         indices = [rng.randrange(len(self.source)) for _ in range(self.recipe.batch)]
-        pixels = self.pixels(indices)
+        ranks = self.args.ranks
+        pixels = self.pixels(ranks.share(indices))
         loss, logs = self.criterion(self.model, pixels, step)
         loss.backward()
-        tokens = len(pixels) * (pixels.shape[-1] // self.model.factor) ** 2
-        return logs, tokens, lambda: [self.source.title(i) for i in indices]
+        ranks.average(p.grad for p in self.trained.parameters() if p.grad is not None)
+        tokens = len(indices) * pixels.shape[-2] * pixels.shape[-1] // self.model.factor ** 2
+        return {name: ranks.sum(value) / ranks.count for name, value in logs.items()}, tokens, lambda: [self.source.title(i) for i in indices]
 
     def sample(self, path: Path) -> dict:
         """Writes a grid: eight pictures above their reconstructions."""
         pixels = self.pixels(range(min(8, len(self.source))))
         with torch.no_grad():
             shown = [*pixels, *self.model.decode(self.model.encode(pixels))]
-        save_image(grid([to_image(p) for p in shown], columns=len(pixels)), path.with_suffix(".png"))
+        if self.args.ranks.is_first:
+            save_image(grid([to_image(p) for p in shown], columns=len(pixels)), path.with_suffix(".png"))
         return {}
 
     def save(self, directory: Path) -> None:
         """Writes the codec."""
-        self.model.save_pretrained(directory)
+        if self.args.ranks.is_first:
+            self.model.save_pretrained(directory)
 
 
 class NextToken:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 
 from checkpoint import load_pickled, load_tensors, read_json, save_folder
@@ -427,12 +428,20 @@ class Discriminator(nn.Sequential):
                 nn.init.normal_(layer.weight, std=0.02)
 
 
+def over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Not in the paper: the tensor summed over torchrun's processes, each with its share of a batch; alone, itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 class VQGANLoss(nn.Module):
     """Sec. 3.3 (VQ-GAN): reconstruction, codebook and commitment losses and, from `disc_start` on, a hinge GAN.
 
     Not as in VQ-GAN: no perceptual loss (LPIPS), as it needs a downloaded network. One optimiser serves `vqgan` and
     this module together: the generator's term gives the discriminator no gradient, the discriminator's term gives
-    the generator none. The averages of the codebook live in this module's state_dict, not in the codec's.
+    the generator none. The averages of the codebook live in this module's state_dict, not in the codec's. Several
+    processes count their codes together; the discriminator's batch norm and weight are each process's own (taming).
     """
 
     def __init__(self, config: VQGANConfig, training: VQGANTraining):
@@ -476,7 +485,8 @@ class VQGANLoss(nn.Module):
         median is that of one pixel in 16, to save time."""
         median = pixels[:, :, ::4, ::4].flatten(2).median(dim=2).values[:, :, None, None]  # (B, 3, 1, 1)
         weight = 1 + self.t.foreground * (pixels - median).abs().amax(dim=1, keepdim=True)  # (B, 1, H, W)
-        return weight / weight.mean()
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        return weight / over_processes(weight.mean()) * processes
 
     def gan(self, pixels, reconstruction, rec_loss, last_layer):
         """VQ-GAN, Eq. (6) and (7): the generator's term weighs as much at the decoder's last layer as `rec_loss`."""
@@ -494,8 +504,8 @@ class VQGANLoss(nn.Module):
     def count(self, codebook: Codebook, z, codes, step: int):
         """Count what this batch used; in training also move the averages and restart what nothing uses."""
         z_flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
-        counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).float()  # (V,)
-        sums = torch.zeros_like(self.ema_sum).index_add_(0, codes.flatten(), z_flat)  # (V, D)
+        counts = over_processes(torch.bincount(codes.flatten(), minlength=len(self.usage)).float())  # (V,)
+        sums = over_processes(torch.zeros_like(self.ema_sum).index_add_(0, codes.flatten(), z_flat))  # (V, D)
         if self.training:
             self.usage += counts
             if self.t.ema:
@@ -513,7 +523,8 @@ class VQGANLoss(nn.Module):
 
     @torch.no_grad()
     def restart(self, codebook: Codebook, z, dead):  # (B, D, h, w), (V,)
-        """Not in the paper: put dead codes where latents of this batch are worst served, drawn by their distance."""
+        """Not in the paper: put dead codes where latents of this batch are worst served, drawn by their distance.
+        Of several processes the first draws, from its share of the batch."""
         z_flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
         if dead.all():
             error = torch.ones(len(z_flat))  # (N,)
@@ -526,3 +537,6 @@ class VQGANLoss(nn.Module):
             rows = dead.nonzero()[:n, 0]  # (n,)
             new = z_flat[torch.multinomial(error, n).to(z.device)]  # (n, D)
             codebook.embedding.weight[rows], self.ema_sum[rows], self.ema_count[rows] = new, new, 1.0
+        if dist.is_initialized():
+            for tensor in (codebook.embedding.weight, self.ema_sum, self.ema_count):
+                dist.broadcast(tensor, 0)

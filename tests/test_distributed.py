@@ -1,4 +1,5 @@
 """Claims about several processes: the same run, spread (Sec. 4.1)."""
+import dataclasses
 import os
 import random
 import signal
@@ -12,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from distributed import Ranks, Spread
-from test_train import PRESETS, lines, run, small_preset, weights
+from test_train import PRESETS, Recipe, lines, run, small_preset, weights
 
 ROOT = Path(__file__).parent.parent
 # train.py with the preset `test`, in a process of its own
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_train
-test_train.PRESETS["test"] = test_train.small_preset()
+import test_distributed, test_train
+test_train.PRESETS["test"] = test_distributed.preset()
 test_train.train.main()
 """
 
@@ -37,6 +38,19 @@ test_train.stages.TextStage.backward = dying
 """
 
 
+def preset():
+    """The small preset, with a Stage III of few heads a step."""
+    small = small_preset()
+    return dataclasses.replace(small, large=((4, 4, 32),), ahead=4, heads_a_step=1, alone=0.5,
+                               recipes=small.recipes | {"stage3": Recipe(4, 4, 1e-3)})
+
+
+@pytest.fixture(autouse=True)
+def preset_test(monkeypatch):
+    """`--preset test`."""
+    monkeypatch.setitem(PRESETS, "test", preset())
+
+
 def torchrun(tmp_path, processes, *arguments, more=(), patch=""):
     """Runs train.py's main under torchrun; its output where it failed."""
     program = tmp_path / "program.py"
@@ -49,11 +63,22 @@ def torchrun(tmp_path, processes, *arguments, more=(), patch=""):
     return done.stdout + done.stderr
 
 
+def same_run(left, right, start):
+    """Asserts that two runs had the same losses and weights, to float tolerance, for how far they went from `start`."""
+    losses = [[row["loss"] for row in lines(path)] for path in (left, right)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    left, right, start = (load_file(path / "model.safetensors") for path in (left, right, start))
+    assert left.keys() == right.keys()
+    # AdamW turns a gradient that is only rounding into a whole step: so all weights together, not one by one
+    far = lambda a, b: sum((a[name] - b[name]).square().sum() for name in a) ** 0.5
+    assert far(left, right) < 0.02 * far(start, right), (far(left, right), far(start, right))
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """Stage I in one process, from a codec and a language model of two steps each: what to compare with."""
     path = tmp_path_factory.mktemp("one")
-    PRESETS["test"] = small_preset()
+    PRESETS["test"] = preset()
     run("vqgan", "--preset", "test", "--out", path / "vqgan", "--steps", 2)
     run("text", "--preset", "test", "--out", path / "text", "--steps", 2)
     common = ["stage1", "--preset", "test", "--vqgan", path / "vqgan", "--language", path / "text", "--save-every", 3]
@@ -68,20 +93,20 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_their_checkpoint_i
     common, expected = one
     torchrun(tmp_path, 2, *common, "--out", tmp_path / "two", *how)
 
-    def compare():
-        losses = [[row["loss"] for row in lines(path)] for path in (tmp_path / "two", expected)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-        left, right = (load_file(path / "model.safetensors") for path in (tmp_path / "two", expected))
-        start = load_file(expected.parent / "start" / "model.safetensors")
-        assert left.keys() == right.keys()
-        # AdamW turns a gradient that is only rounding into a whole step: so all weights together, not one by one
-        far = lambda a, b: sum((a[name] - b[name]).square().sum() for name in a) ** 0.5
-        assert far(left, right) < 0.02 * far(start, right), (far(left, right), far(start, right))
-    compare()
+    same_run(tmp_path / "two", expected, expected.parent / "start")
     (tmp_path / "two" / "model.safetensors").unlink()
     (tmp_path / "two" / "checkpoint-000006.pt").unlink()
     run(*common, "--out", tmp_path / "two", "--resume")
-    compare()
+    same_run(tmp_path / "two", expected, expected.parent / "start")
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "stage3"])
+def test_two_processes_train_the_codec_and_the_cascade_as_one_does(tmp_path, one, stage):
+    common = [stage, "--preset", "test", *(["--init", one[1]] if stage == "stage3" else [])]
+    torchrun(tmp_path, 2, *common, "--out", tmp_path / "two")
+    run(*common, "--out", tmp_path / "one")
+    run(*common, "--out", tmp_path / "start", "--steps", 1, "--lr", 1e-12)
+    same_run(tmp_path / "two", tmp_path / "one", tmp_path / "start")
 
 
 @pytest.mark.slow
