@@ -191,12 +191,13 @@ class World:
     """The rendered world as a source: scene i is drawn from `seed` and i alone, so that none is ever stored.
 
     things: how many things each scene shows, None for one to three; sizes: (rows, cols, pixels a cell) to choose from;
-    details: of captions, as often as each is named.
+    details, languages: of captions, as often as each is named.
     """
 
     def __init__(self, pictures: int, seed: int, things: int | None = None, sizes=((6, 6, 16),),
-                 details=world.DETAILS):
-        self.pictures, self.seed, self.things, self.sizes, self.details = pictures, seed, things, sizes, details
+                 details=world.DETAILS, languages=world.LANGUAGES):
+        self.pictures, self.seed, self.things, self.sizes = pictures, seed, things, sizes
+        self.details, self.languages = details, languages
         self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}, sizes {sizes}"
         self.scenes: dict[int, tuple[world.Scene, bool]] = {}
 
@@ -240,7 +241,7 @@ class World:
         """One of picture i's captions, English or Chinese, coarse or fine; None where a pair is held out."""
         scene, captioned = self.scene(i)
         if captioned:
-            return world.caption(scene, rng, rng.choice(world.LANGUAGES), rng.choice(self.details))
+            return world.caption(scene, rng, rng.choice(self.languages), rng.choice(self.details))
 
 
 class RecipePictures:

@@ -236,11 +236,16 @@ class Stage1(NextToken):
     def read(self) -> None:
         """Opens the pictures, and encodes them once."""
         args, preset = self.args, self.preset
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
+        self.source = self.open(preset.sizes)
         self.codes = encode(self.source, self.vqgan, Encoding(self.vqgan.config.resolution, skip_bad=args.skip_bad),
                             args.out / "codes", args.ranks)
         whole = set(self.codes.whole)
         self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
+
+    def open(self, sizes, **settings):
+        """The source; settings are the rendered world's."""
+        return open_source(self.args.data, self.preset.pictures, self.args.seed, things=self.preset.things, sizes=sizes,
+                           languages=("en",) * self.args.english + ("zh",), **settings)
 
     def rows(self, step: int, rng: random.Random):
         """Pictures, each with what it is used for."""
@@ -320,10 +325,9 @@ class Stage2(Stage1):
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
         self.sort(self.codes)
 
-    def open(self, sizes):
+    def open(self, sizes, **settings):
         """The source, with mostly fine captions."""
-        return open_source(self.args.data, self.preset.pictures, self.args.seed, things=self.preset.things, sizes=sizes,
-                           details=("fine", "fine", "fine", "coarse"))
+        return super().open(sizes, details=("fine", "fine", "fine", "coarse"), **settings)
 
     def sort(self, codes: Codes, **changes) -> None:
         """Puts pictures of one size together, and notes the sizes, squares first, in the model's config."""

@@ -223,14 +223,14 @@ PRESETS = {
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), sizes=((6, 6, 32), (12, 12, 16)),
-        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 16, 1.5e-3)},
+        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 8, 1.5e-3)},
         pictures=12_000, ahead=16, heads_a_step=1, alone=0.5),
     "nano": Preset(
         language=small(128, 4, 4),
-        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
+        codec=VQGANConfig(**CELLS, resolution=64, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(3500, 32, 2e-3)},
-        pictures=10_000, things=1, row=128, caption_share=0.15),
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(9000, 32, 2e-3)},
+        pictures=10_000, things=1, sizes=((4, 4, 16),), row=128, caption_share=0.15),
 }
 
 
@@ -257,6 +257,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
+    parser.add_argument("--english", type=int, default=1, metavar="N", help="rendered world: captions a Chinese one")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
@@ -267,7 +268,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     if not 0 <= args.corruption <= 1:
         parser.error(f"--corruption is {args.corruption}, expected 0 to 1")
-    for name in ("steps", "batch", "micro_batch", "ahead", "save_every", "sample_every"):
+    for name in ("steps", "batch", "micro_batch", "ahead", "english", "save_every", "sample_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     return args
