@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import one_line_errors, write_beside
-from data import (captioning, collate, decode_each, encode_each, enlarge, fit, grid, open_picture, prompt, save_image,
-                  size_text, title_text, to_pixels)
+from data import (captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture, prompt,
+                  save_image, size_text, title_text, to_pixels)
 from distributed import check_device
 from mars import MARS
 from recipes import markdown, parse_steps
@@ -121,9 +121,13 @@ def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, 
         new = min(heads, length - len(drawn))
         drawn += [draw(code_logits(model, hidden, k, sampling), sampling, generator) for k in range(1, new + 1)]
         if len(drawn) == length:
-            return torch.stack(drawn, dim=1).unflatten(1, (height, width))
+            break
         tokens = model.vocabulary.text + torch.stack(drawn[-new:], dim=1)        # (B, K)
         hidden = model.hidden(tokens.repeat(len(prompts) // len(captions), 1), cache)[:, -1]
+    codes = torch.stack(drawn, dim=1)                                            # (B, h * w), as they were written
+    if low:
+        codes = codes[:, interlaced((height, width), low[0].shape).argsort()]
+    return codes.unflatten(1, (height, width))
 
 
 @torch.no_grad()

@@ -103,9 +103,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_angles(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -197,8 +195,8 @@ class AttentionMoE(nn.Module):
         router = context.router
         qkv = router.unpack(router(x, self.qkv, self.visual_qkv))                           # (B, T, (H+2G)d)
         qkv = qkv.unflatten(-1, (-1, self.d)).transpose(1, 2)                               # (B, H+2G, T, d)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(qk, context.cos, context.sin).split((self.heads, self.kv_heads), dim=1)
         if context.cache is not None:
             k, v = context.cache.write(self.layer, k, v)                                    # (B, G, S, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask,

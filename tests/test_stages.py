@@ -15,7 +15,7 @@ import test_train
 import train
 from checkpoint import fingerprint
 from data import Filters, Folder, Row, psnr, size_of, size_text, stage3_rows
-from generate import Painter, Sampling
+from generate import Painter, Sampling, draw_codes
 from mars import MARS, is_visual
 from test_data import CODES, END, IMG, UNCOND, VOCABULARY
 from train import PRESETS, Recipe
@@ -166,6 +166,22 @@ def test_the_cascade_reads_caption_size_and_small_picture_and_is_asked_for_the_l
     sequence = data.text_to_image([5], CODES, VOCABULARY, [7], small)
     assert sequence.tokens == [5, 7, IMG, 43, END, IMG, 45, 43, 42, 44, END]
     assert sequence.is_target == [False] * 5 + [True] * 6
+
+
+def test_the_large_picture_is_written_interlaced_so_that_each_code_is_a_few_distances_from_its_small_one(mars):
+    order = data.interlaced((4, 6), (2, 3))
+    assert order.tolist()[:12] == [0, 2, 4, 12, 14, 16, 1, 3, 5, 13, 15, 17] and sorted(order) == list(range(24))
+    small = [row // 2 * 3 + col // 2 for row, col in (divmod(int(code), 6) for code in order)]
+    assert {place - code for place, code in enumerate(small)} == {0, 6, 12, 18}          # raster: more than twice as many
+    assert sorted(data.interlaced((5, 3), (3, 2))) == list(range(15))                    # nor whole multiples
+    low, codes = np.arange(6).reshape(2, 3), np.arange(24).reshape(4, 6) % 16
+    written = data.text_to_image([5], codes, VOCABULARY, [7], low).tokens[-25:-1]
+    assert [token - VOCABULARY.text for token in written] == codes.flatten()[order].tolist()
+    # and drawing puts them back: at temperature 0 the picture drawn, written again, is what the model goes on with
+    drawn = draw_codes(mars, [[5]], 4, 6, Sampling(cfg=1.0, temperature=0.0), size=[7], low=[torch.tensor(low)])[0]
+    tokens = torch.tensor([data.text_to_image([5], drawn.numpy(), mars.vocabulary, [7], low).tokens])
+    likeliest = mars(tokens)[0, -26:-2, mars.vocabulary.text:mars.vocabulary.text + 16].argmax(-1)
+    assert torch.equal(likeliest + mars.vocabulary.text, tokens[0, -25:-1])
 
 
 @pytest.mark.parametrize("corruption", [0.0, 0.25])

@@ -179,20 +179,27 @@ def test_readme_shows_the_shipped_report():
     assert evaluate.show(report["rows"]) in README
 
 
-def test_every_file_function_and_test_that_the_readme_names_exists():
-    sources = {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert name in sources, name
+@pytest.mark.parametrize("page", ["README.md", "docs/paper.md", "notebooks/README.md"])
+def test_every_file_function_test_and_link_that_a_page_names_exists(page):
+    path = ROOT / page
+    text, sources = path.read_text(), {path.name: path.read_text() for path in [*ROOT.glob("*.py"),
+                                                                               *ROOT.glob("tests/*.py")]}
     everything = "\n".join(sources.values())
-    for line in re.findall(r"^\|.*`test_.*$", README, re.M):
-        code, test = line.split("|")[2:4]
-        assert f"def {test.strip(' `')}(" in everything, test
-        file, *names = re.findall(r"`([\w.]+)`", code)
-        for name in names:
-            last = re.escape(name.split(".")[-1])
-            assert name in sources or re.search(rf"(class|def) {last}\b|^ +{last}:", everything, re.M), name
-    for path in re.findall(r"\]\((docs/[\w.-]+)\)", README):
-        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert name in sources, name
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in everything, name
+    for line in re.findall(r"^\|.*`\w+\.py` `.*$", text, re.M):
+        for file, *_, names in re.findall(r"`(\w+\.py)`((,? `[\w.]+`)+)", line):          # `file.py` `name`, `name`
+            for name in re.findall(r"`([\w.]+)`", line[line.index(f"`{file}`") + len(file) + 2:].split(" `test_")[0]):
+                last = re.escape(name.split(".")[-1])
+                assert name in sources or re.search(rf"(class|def) {last}\b|^ *{last}\b.*[:=]", everything, re.M), name
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
+        assert (path.parent / link).exists(), link
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
+        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+                    for line in text.splitlines() if line.startswith("#")]
+        assert anchor in headings, anchor
 
 
 def test_every_command_of_the_readme_is_understood():
