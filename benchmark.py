@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import one_line_errors, write_json
 from data import Codes, Encoding, World, collate, encode, stage1_rows
@@ -52,7 +53,8 @@ def row(what: str, ours: float, baseline: str, theirs: float, unit: str = "s") -
 # ----------------------------------------------------------------------------- what is measured
 
 def training_step(args, config: MARSConfig) -> list[dict]:
-    """Forward, backward and AdamW with SemVIE and a frozen language, against one set of weights that all train."""
+    """Forward, backward and AdamW with SemVIE and a frozen language, against one set of weights that all train; and how
+    much of the device's speed at multiplying matrices that reaches (on a GPU nearly MFU)."""
     device, bf16, rows = args.device, args.device.type == "cuda", []
     generator = torch.Generator().manual_seed(0)
     language = MARS(dataclasses.replace(config, codes=0)).initialise(generator)
@@ -75,9 +77,24 @@ def training_step(args, config: MARSConfig) -> list[dict]:
             optimizer.zero_grad()
             loss(tokens, is_target).backward()
             optimizer.step()
-        found = take_turns({name: lambda name=name: step(name) for name in steps}, device, args.rounds)
+        runs = {name: lambda name=name: step(name) for name in steps}
+        if share == 0:
+            size = 8192 if bf16 else 1024
+            square = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+            runs["product"] = lambda: square @ square
+        found = take_turns(runs, device, args.rounds)
         rows.append(row(f"training step, {share:.0%} text", found["routed"], "dense, same width, all weights train",
                         found["dense"]))
+        if share == 0:
+            with FlopCounterMode(display=False) as counter:
+                step("routed")
+            rows.append(row("operations a second, training, 0% text", counter.get_total_flops() / found["routed"] / 1e12,
+                            f"a {size} x {size} matrix product's", 2 * size ** 3 / found["product"] / 1e12, "T/s"))
+    if args.compile:
+        for block in routed.blocks:
+            block.compile(dynamic=True)
+        compiled = take_turns({"step": lambda: step("routed")}, device, args.rounds)["step"]
+        rows.append(row("training step, 100% text, compiled", compiled, "the same, not compiled", found["routed"]))
     return rows
 
 
@@ -145,8 +162,8 @@ def _peak_of_loss(chunk: int, n: int, pipe) -> None:
 
 def loss_memory(args, config: MARSConfig) -> list[dict]:
     """Eq. 1 over 160,136 tokens: in chunks, against the logits whole. Width 64, so that the logits are what counts."""
-    n = 1024                                      # a twentieth of what a GPU's batch of 64 pictures has
-    chunk = LOGITS // 160_136 * n // (64 * 330)   # and a twentieth of the chunk
+    n = 2048                                      # a tenth of what a GPU's batch of 64 pictures has
+    chunk = LOGITS // 160_136 * n // (64 * 330)   # and a tenth of the chunk
     context, found = multiprocessing.get_context("spawn"), {}
     for name, size in (("chunks", chunk), ("whole", n)):
         ours, theirs = context.Pipe()
@@ -204,6 +221,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which needs a C++ compiler")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     parser.add_argument("--device", type=str, default="cpu")
     parser.add_argument("--out", type=Path, help="JSON to write")
