@@ -55,9 +55,9 @@ def size_text(height: int, width: int) -> str:
 
 def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = (), low=None) -> list[int]:
     """What stands before a picture's first code. caption None: `<uncond>`, the dropped caption of guidance; size: ids
-    of `size_text`, from Stage II on; low: codes (h, w) of the picture that Stage III makes larger."""
-    return [*([vocabulary.special("<uncond>")] if caption is None else caption), *size,
-            *([] if low is None else picture(low, vocabulary)), vocabulary.special("<img>")]
+    of `size_text`, from Stage II on; low: codes (h, w) of the picture that Stage III makes larger, and goes on with."""
+    start = [*([vocabulary.special("<uncond>")] if caption is None else caption), *size]
+    return start + ([vocabulary.special("<img>")] if low is None else picture(low, vocabulary)[:-1])
 
 
 def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
@@ -65,9 +65,8 @@ def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
     the first of those that fall on each of the (h, w) codes of the small one, in the small one's order; then the
     second of each, and so on.
 
-    So the small code that a large one refines always lies the same few distances back, which attention finds at once.
-    In raster order that distance is another one for every code: 600 steps taught our small model nothing but
-    backgrounds.
+    So what a code refines always lies h * w places back: the small picture's code, then the one before of the same
+    cell. In raster order that distance is another one for every code, and attention hardly finds it.
     """
     (H, W), (h, w) = large, small
     rows, cols = np.divmod(np.arange(H * W), W)
@@ -77,16 +76,16 @@ def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
 
 def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary, size: list[int] = (),
                   low=None) -> Sequence:
-    """Sec. 3.4: caption, picture; in Stage III caption, small picture, large one (interlaced). Targets: the last
-    picture, `<img>` and `</img>` included.
+    """Sec. 3.4: caption, picture. Targets: the picture, `<img>` and `</img>` included. In Stage III the small picture
+    stands before the large one, interlaced, in the same `<img>`; targets: the large one and `</img>`.
 
     A caption's own loss would move nothing but the vision head, as every other weight it meets is frozen.
     """
     tokens = prompt(caption, vocabulary, size, low)
-    start = len(tokens) - 1
+    given = len(tokens) - (low is None)
     codes = codes if low is None else codes.flatten()[interlaced(codes.shape, low.shape)]
-    tokens = tokens[:start] + picture(codes, vocabulary)
-    return Sequence(tokens, [False] * start + [True] * (len(tokens) - start))
+    tokens += picture(codes, vocabulary)[1:]
+    return Sequence(tokens, [False] * given + [True] * (len(tokens) - given))
 
 
 def captioning(caption: list[int], codes, vocabulary: Vocabulary, eos: int, size: list[int] = ()) -> Sequence:

@@ -164,8 +164,8 @@ def test_the_large_picture_has_a_long_side_of_1024_and_the_proportions_of_the_sm
 def test_the_cascade_reads_caption_size_and_small_picture_and_is_asked_for_the_large_one():
     small = np.array([[1]])
     sequence = data.text_to_image([5], CODES, VOCABULARY, [7], small)
-    assert sequence.tokens == [5, 7, IMG, 43, END, IMG, 45, 43, 42, 44, END]
-    assert sequence.is_target == [False] * 5 + [True] * 6
+    assert sequence.tokens == [5, 7, IMG, 43, 45, 43, 42, 44, END]
+    assert sequence.is_target == [False] * 4 + [True] * 5
 
 
 def test_the_large_picture_is_written_interlaced_so_that_each_code_is_a_few_distances_from_its_small_one(mars):
