@@ -6,6 +6,7 @@
 Not in the paper beyond that. Without torchrun there is one process, and nothing here costs anything.
 """
 import contextlib
+import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def start(device: str) -> Ranks:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=1)                   # some may still encode when others have finished
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
     return Ranks(rank, count, place)
 
 

@@ -234,6 +234,12 @@ PRESETS = {
 }
 
 
+USED_BY = {"vqgan": ("stage1", "stage3"), "language": ("stage1",), "init": ("stage2", "stage3", "joint"),
+           "ahead": ("stage1", "stage3"), "corruption": ("stage3",), "without_experts": ("stage1",),
+           "route_output": ("stage1",), "caption_share": ("stage1", "stage2"), "english": ("stage1", "stage2", "stage3"),
+           "skip_bad": ("stage1", "stage2", "stage3")}            # flags that not every stage knows what to do with
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains one stage of MARS.",
@@ -268,6 +274,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     if not 0 <= args.corruption <= 1:
         parser.error(f"--corruption is {args.corruption}, expected 0 to 1")
+    for name, stages in USED_BY.items():
+        if args.stage not in (*stages, "all") and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for {', '.join(stages)}: {args.stage} does not use it")
     for name in ("steps", "batch", "micro_batch", "ahead", "english", "save_every", "sample_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")

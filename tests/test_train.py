@@ -180,6 +180,13 @@ def test_unknown_flags_and_values_out_of_range_are_refused(capsys):
     assert "--steps is 0, expected at least 1" in refused(train.main, ["text", "--out", "x", "--steps", "0"], capsys)
 
 
+@pytest.mark.parametrize("stage, flag", [("vqgan", "--ahead=4"), ("text", "--init=weights"), ("stage2", "--vqgan=x"),
+                                         ("stage3", "--caption-share=0.5"), ("joint", "--corruption=0.5")])
+def test_a_flag_that_a_stage_does_not_use_is_refused_not_ignored(stage, flag, capsys):
+    message = refused(train.main, [stage, flag, "--out", "nowhere"], capsys)
+    assert flag.split("=")[0] + " is for stage" in message and f"{stage} does not use it" in message
+
+
 def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
