@@ -252,12 +252,15 @@ def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor
 # ----------------------------------------------------------------------------- the whole path
 
 def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, Tokenizer | QwenTokenizer]:
-    """What a stage of train.py from stage1 on wrote. Raises ValueError, one line, for a folder that is none."""
+    """What a stage of train.py from stage1 on wrote; a folder inside another's may share its codec. Raises ValueError,
+    one line, for a folder that is none."""
     directory = Path(directory)
     model = MARS.from_pretrained(directory, device)
     if not model.vocabulary.codes:
         raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
-    return model, VQGAN.from_pretrained(directory / "vqgan", device), load_tokenizer(directory)
+    shared = not (directory / "vqgan").is_dir() and (directory.parent / "vqgan").is_dir()
+    codec = (directory.parent if shared else directory) / "vqgan"
+    return model, VQGAN.from_pretrained(codec, device), load_tokenizer(directory)
 
 
 class Painter:
@@ -271,8 +274,10 @@ class Painter:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu") -> "Painter":
-        """Reads what a stage of train.py from stage1 on wrote. Raises ValueError, one line, for a bad folder."""
+        """Reads what a stage of train.py from stage1 on wrote; a CPU computes in float32, as bfloat16 is slow there.
+        Raises ValueError, one line, for a bad folder."""
         model, vqgan, tokenizer = load_stage(directory, device)
+        model = model.float() if torch.device(device).type == "cpu" else model
         return cls(model, vqgan, tokenizer, vqgan.config.resolution)
 
     @property

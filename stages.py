@@ -297,9 +297,9 @@ class Stage1(NextToken):
 
     def save(self, directory: Path) -> None:
         """Writes all that `generate.py` needs: the model, the tokenizer and, in vqgan/, the codec."""
-        state = self.state()
+        state, dtype = self.state(), torch.bfloat16 if self.args.save_bf16 else self.dtype
         if self.args.ranks.is_first:
-            self.model.save_pretrained(directory, {name: tensor.to(self.dtype) for name, tensor in state.items()})
+            self.model.save_pretrained(directory, {name: tensor.to(dtype) for name, tensor in state.items()})
             self.tokenizer.save_pretrained(directory)
             self.vqgan.save_pretrained(directory / "vqgan")
 

@@ -267,6 +267,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--save-bf16", action="store_true", help="half as large files; default: as what came before")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="rows in one pass of one process; default: all")
     parser.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, store them once")
     parser.add_argument("--shard", action="store_true", help="under torchrun: shard all over the GPUs, as ZeRO-3 does")

@@ -101,6 +101,17 @@ def test_a_run_resumes_only_with_the_weights_that_it_began_with(runs, tmp_path, 
     assert Painter.from_pretrained(tmp_path / "out").sizes == ((96, 96), (96, 192))
 
 
+def test_weights_saved_in_bfloat16_are_half_as_large_and_drawn_from_in_float32_beside_a_shared_codec(runs, tmp_path):
+    train.main(["stage2", "--preset", "test", "--init", str(runs / "stage1"), "--out", str(tmp_path / "outer" / "inner"),
+                "--steps", "1", "--save-bf16"])
+    inner = tmp_path / "outer" / "inner"
+    half, whole = ((path / "model.safetensors").stat().st_size for path in (inner, runs / "stage2"))
+    assert half < 0.6 * whole
+    (inner / "vqgan").rename(tmp_path / "outer" / "vqgan")
+    painter = Painter.from_pretrained(inner)
+    assert painter.model.norm.weight.dtype == torch.float32 and painter.paint(["a red circle"])[0].size == (96, 96)
+
+
 def test_weights_of_a_later_stage_inside_do_not_make_a_folder_another_one(tmp_path):
     for name in ("model", "vqgan/model"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
