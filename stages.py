@@ -28,6 +28,9 @@ from tokenizer import Tokenizer, load_tokenizer
 from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
 
+SAMPLES = 64                      # pictures of the rendered world that a stage draws to look at, and to count
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Sec. 4.1: how one stage is optimised."""
@@ -274,7 +277,7 @@ class Stage1(NextToken):
         """Draws a grid of pictures; on the rendered world also counts how many show what their caption says."""
         rng, ranks, drawn_world = random.Random(self.args.seed + 1), self.args.ranks, self.args.data == "world"
         if drawn_world:
-            scenes = [world.sample_scene(rng, "train", self.preset.things) for _ in range(64)]
+            scenes = [world.sample_scene(rng, "train", self.preset.things) for _ in range(SAMPLES)]
             texts = [world.caption(scene, rng, world.LANGUAGES[i % 2], rng.choice(world.DETAILS))
                      for i, scene in enumerate(scenes)]
         else:

@@ -2,8 +2,10 @@
 import pytest
 import torch
 
+import stages
 from mars import MARS, MARSConfig
 
+stages.SAMPLES = 16               # enough to try the way; a run draws 64
 SMALL = MARSConfig(width=32, heads=4, kv_heads=2, ffn_width=48, layers=2, context=64, text_vocab=42)
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_distributed, test_train
+import conftest, test_distributed, test_train
 test_train.PRESETS["test"] = test_distributed.preset()
 test_train.train.main()
 """

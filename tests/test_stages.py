@@ -101,7 +101,9 @@ def test_a_run_resumes_only_with_the_weights_that_it_began_with(runs, tmp_path, 
     assert Painter.from_pretrained(tmp_path / "out").sizes == ((96, 96), (96, 192))
 
 
-def test_weights_saved_in_bfloat16_are_half_as_large_and_drawn_from_in_float32_beside_a_shared_codec(runs, tmp_path):
+def test_weights_saved_in_bfloat16_are_half_as_large_and_drawn_from_in_float32_beside_a_shared_codec(runs, tmp_path, monkeypatch):
+    small = test_train.small_preset()
+    monkeypatch.setitem(PRESETS, "test", dataclasses.replace(small, recipes={"stage2": Recipe(4, 8, 1e-3)}))
     train.main(["stage2", "--preset", "test", "--init", str(runs / "stage1"), "--out", str(tmp_path / "outer" / "inner"),
                 "--steps", "1", "--save-bf16"])
     inner = tmp_path / "outer" / "inner"
