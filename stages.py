@@ -304,7 +304,7 @@ class Stage1(NextToken):
         if self.args.ranks.is_first:
             self.model.save_pretrained(directory, {name: tensor.to(dtype) for name, tensor in state.items()})
             self.tokenizer.save_pretrained(directory)
-            self.vqgan.save_pretrained(directory / "vqgan")
+            self.vqgan.save_pretrained(directory / "vqgan", torch.bfloat16 if self.args.save_bf16 else torch.float32)
 
 
 class Stage2(Stage1):

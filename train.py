@@ -221,7 +221,7 @@ PRESETS = {
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
-        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=96),
+        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), sizes=((6, 6, 32), (12, 12, 16)),
         recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(2400, 8, 1.5e-3)},
         pictures=12_000, ahead=16, heads_a_step=1, alone=0.5),

@@ -368,14 +368,15 @@ class VQGAN(nn.Module):
         z_q = self.quantize.lookup(codes)  # (B, D, h, w)
         return self.paint(z + (z_q - z).detach()), z, z_q, codes
 
-    def save_pretrained(self, folder) -> None:
+    def save_pretrained(self, folder, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors, each beside its place and renamed."""
-        save_folder(folder, self)
+        save_folder(folder, self, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu") -> "VQGAN":
         """From a folder of ours or of open-muse, from one that holds taming's `last.ckpt`, or from a MARS folder that
-        keeps its codec in `vqgan`. All hold a config.json in open-muse's fields; taming's says `signed_pixels`."""
+        keeps its codec in `vqgan`; float32 whatever the file holds. All hold a config.json in open-muse's fields;
+        taming's says `signed_pixels`."""
         folder = Path(folder)
         folder = folder / "vqgan" if (folder / "vqgan").is_dir() else folder
         if not folder.is_dir():
@@ -392,7 +393,7 @@ class VQGAN(nn.Module):
             load_pickled(pickled[0], vqgan, device, unused="loss.")
         else:
             load_tensors(folder / "model.safetensors", vqgan, device)
-        return vqgan.eval()
+        return vqgan.float().eval()
 
 
 # --- training ---
