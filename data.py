@@ -66,7 +66,7 @@ def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
     second of each, and so on.
 
     So what a code refines always lies h * w places back: the small picture's code, then the one before of the same
-    cell. In raster order that distance is another one for every code, and attention hardly finds it.
+    cell. In raster order that distance would be another one for every code.
     """
     (H, W), (h, w) = large, small
     rows, cols = np.divmod(np.arange(H * W), W)

@@ -90,17 +90,18 @@ def score(painter: Painter, judge: VQGAN, n: int, seed: int, things: int | None 
 
 # ----------------------------------------------------------------------------- the tables
 
-def train_stage1(runs: Path, name: str, preset: str, steps: int, seed: int, device: str, *flags) -> Path:
-    """Trains one Stage I, unless it is there; the codec and the language model under `runs` are shared by all."""
+def train_stage1(args, name: str, seed: int, *flags) -> Path:
+    """Trains one Stage I, unless it is there; the codec and the language model under `args.runs` are shared by all."""
+    runs, common = args.runs, ["--preset", args.preset, "--device", args.device]
     for stage in ("vqgan", "text"):
         if not (runs / stage / "config.json").is_file():
-            train.main([stage, "--preset", preset, "--out", str(runs / stage), "--device", device])
+            train.main([stage, *common, "--out", str(runs / stage)])
     out = runs / f"{name.replace(' ', '-')}-{seed}"
     if not (out / "config.json").is_file():
         there = ["--resume"] if any(out.glob("checkpoint-*.pt")) else []
-        train.main(["stage1", "--preset", preset, "--vqgan", str(runs / "vqgan"), "--language", str(runs / "text"),
-                    "--out", str(out), "--steps", str(steps), "--seed", str(seed), "--sample-every", str(steps),
-                    "--device", device, *there, *flags])
+        train.main(["stage1", *common, "--vqgan", str(runs / "vqgan"), "--language", str(runs / "text"), "--out",
+                    str(out), "--steps", str(args.steps), "--batch", str(args.batch), "--seed", str(seed),
+                    "--sample-every", str(args.steps), *there, *flags])
     return out
 
 
@@ -110,8 +111,7 @@ def trained(args, variants: dict[str, tuple[str, ...]]) -> dict[str, list[dict]]
     rows = {name: [] for name in variants}
     for seed in args.seeds:
         for name, flags in variants.items():
-            weights = train_stage1(args.runs, name, args.preset, args.steps, seed, args.device, *flags)
-            painter = Painter.from_pretrained(weights, args.device)
+            painter = Painter.from_pretrained(train_stage1(args, name, seed, *flags), args.device)
             rows[name].append(score(painter, judge, args.prompts, seed, things) | {
                 "perplexity": perplexity(painter.model, painter.tokenizer, 64, seed, things)})
     return rows
@@ -129,13 +129,14 @@ def table_3(args) -> dict[str, list[dict]]:
 
 
 def table_4(args) -> dict[str, list[dict]]:
-    """Table 4: the same prompts drawn after each stage. Its seeds are of the prompts and the drawing: there is one
-    model of each stage."""
-    judge, two = VQGAN.from_pretrained(TINY), Painter.from_pretrained(args.weights, args.device)
-    stages = {"Stage II": (two, None),
-              "Stage III": (two, Painter.from_pretrained(args.weights / "stage3", args.device))}
+    """Table 4: the same prompts drawn after each stage that there are weights of. Its seeds are of the prompts and the
+    drawing: there is one model of each stage."""
+    judge, two, stages = VQGAN.from_pretrained(TINY), Painter.from_pretrained(args.weights, args.device), {}
     if args.stage1:
-        stages = {"Stage I": (Painter.from_pretrained(args.stage1, args.device), None), **stages}
+        stages["Stage I"] = Painter.from_pretrained(args.stage1, args.device), None
+    stages["Stage II"] = two, None
+    if (args.weights / "stage3" / "config.json").is_file():
+        stages["Stage III"] = two, Painter.from_pretrained(args.weights / "stage3", args.device)
     return {name: [score(painter, judge, args.prompts, seed, upscaler=upscaler) for seed in args.seeds]
             for name, (painter, upscaler) in stages.items()}
 
@@ -195,7 +196,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage1", type=Path, metavar="DIR", help="4: Stage I's weights, which do not ship")
     parser.add_argument("--runs", type=Path, default=Path("runs/table3"), help="3, 7: where to train; goes on there")
     parser.add_argument("--preset", choices=train.PRESETS, default="nano", help="3, 7: of what to train")
-    parser.add_argument("--steps", type=int, default=2000, help="3, 7: of each Stage I")
+    parser.add_argument("--steps", type=int, default=1200, help="3, 7: of each Stage I")
+    parser.add_argument("--batch", type=int, default=16, help="3, 7: pictures a step")
     parser.add_argument("--prompts", type=int, default=300, metavar="N", help="drawn with each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--captions", type=Path, metavar="FILE", help="export: one caption a line")
@@ -207,8 +209,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("export needs --captions FILE and --out DIR")
     if len(args.seeds) not in (1, *T_95):
         parser.error(f"{len(args.seeds)} seeds, expected 1 to {max(T_95)}")
-    if min(args.prompts, args.steps, args.each) < 1:
-        parser.error("--prompts, --steps and --each: expected at least 1")
+    if min(args.prompts, args.steps, args.batch, args.each) < 1:
+        parser.error("--prompts, --steps, --batch and --each: expected at least 1")
     return args
 
 
@@ -228,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
                   "rows": {name: {key: over_seeds([one[key] for one in found]) for key in found[0]}
                            for name, found in rows.items()}}
         if args.what in "37":
-            report |= {"preset": args.preset, "steps": args.steps}
+            report |= {"preset": args.preset, "steps": args.steps, "batch": args.batch}
         out = args.out or Path("results") / f"{'figure' if args.what == '7' else 'table'}{args.what}.json"
         write_json(out, report)
         print(show(report))

@@ -32,3 +32,11 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["speed"])
     assert stop.value.code == 2 and "part 'speed', expected some of train, decode" in capsys.readouterr().err
+
+
+def test_the_readme_shows_what_was_measured():
+    found = json.loads((ROOT / "results" / "benchmark.json").read_text())
+    assert benchmark.show(found["rows"]) in (ROOT / "README.md").read_text()
+    ratio = {(row["what"], row["baseline"]): row["ratio"] for row in found["rows"]}
+    assert all(ratio[f"training step, {text}% text", "dense, same width, all weights train"] <= 1 for text in (25, 50))
+    assert ratio["loss, peak memory", "whole logits"] <= 0.15

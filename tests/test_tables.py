@@ -1,11 +1,14 @@
 """Claims about the paper's tables in the rendered world (Sec. 4), and about pictures for other tools."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tables
 from test_train import PRESETS, small_preset
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_frechet_distance_is_that_of_two_gaussians():
@@ -81,3 +84,11 @@ def test_a_caption_that_cannot_be_a_file_name_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tables.main(["export", "--captions", str(tmp_path / "captions.txt"), "--out", str(tmp_path)])
     assert stop.value.code == 2 and "caption 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["table2", "table3", "table4", "figure7"])
+def test_the_readme_shows_the_papers_tables(name):
+    report = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert tables.show(report) in (ROOT / "README.md").read_text()
+    assert len(report["seeds"]) >= 3 and all(len(cell["seeds"]) == len(report["seeds"])
+                                             for row in report["rows"].values() for cell in row.values())
