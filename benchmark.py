@@ -88,7 +88,8 @@ def training_step(args, config: MARSConfig) -> list[dict]:
         if share == 0:
             with FlopCounterMode(display=False) as counter:
                 step("routed")
-            rows.append(row("operations a second, training, 0% text", counter.get_total_flops() / found["routed"] / 1e12,
+            speed = counter.get_total_flops() / found["routed"] / 1e12
+            rows.append(row("operations a second, training, 0% text", speed,
                             f"a {size} x {size} matrix product's", 2 * size ** 3 / found["product"] / 1e12, "T/s"))
     if args.compile:
         for block in routed.blocks:

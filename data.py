@@ -205,28 +205,28 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 class World:
     """The rendered world as a source: scene i is drawn from `seed` and i alone, so that none is ever stored.
 
-    things: how many things each scene shows, None for one to three; sizes: (rows, cols, pixels a cell) to choose from;
+    things: how many things each scene shows, None for one to three; frames: (rows, cols, pixels a cell) to choose from;
     details, languages: of captions, as often as each is named.
     """
 
-    def __init__(self, pictures: int, seed: int, things: int | None = None, sizes=((6, 6, 16),),
+    def __init__(self, pictures: int, seed: int, things: int | None = None, frames=((6, 6, 16),),
                  details=world.DETAILS, languages=world.LANGUAGES):
-        self.pictures, self.seed, self.things, self.sizes = pictures, seed, things, sizes
+        self.pictures, self.seed, self.things, self.frames = pictures, seed, things, frames
         self.details, self.languages = details, languages
-        self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}, sizes {sizes}"
+        self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}, frames {frames}"
         self.scenes: dict[int, tuple[world.Scene, bool]] = {}
 
     def __len__(self) -> int:
         return self.pictures
 
-    def size(self, i: int) -> tuple[int, int, int]:
+    def frame(self, i: int) -> tuple[int, int, int]:
         """Rows, cols and pixels a cell of picture i."""
-        return random.Random(f"{self.seed}/{i}/size").choice(self.sizes)
+        return random.Random(f"{self.seed}/{i}/size").choice(self.frames)
 
     def scene(self, i: int) -> tuple[world.Scene, bool]:
         """Scene i, and whether it may carry a caption."""
         if i not in self.scenes:
-            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *self.size(i)[:2])
+            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *self.frame(i)[:2])
         return self.scenes[i]
 
     def simple(self) -> list[int]:
@@ -239,7 +239,7 @@ class World:
 
     def image(self, i: int) -> Image.Image:
         """Picture i, RGB."""
-        return world.render(self.scene(i)[0], self.size(i)[2])
+        return world.render(self.scene(i)[0], self.frame(i)[2])
 
     def captions(self, i: int) -> list[str]:
         """Four of picture i's captions, to be stored: one of each language and detail."""

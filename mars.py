@@ -99,7 +99,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.heads_this_step: list[int] | None = None                 # those of heads 2 to K that the loss asks; None: all
+        self.heads_this_step: list[int] | None = None                 # of heads 2 to K, those the loss asks; None: all
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -167,8 +167,9 @@ class MARS(nn.Module):
         """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks.
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
-        elsewhere. With no head in `heads_this_step`, Eq. 1 of head 1. chunk: rows whose logits exist at a time; None: as many as make LOGITS. Memory does not grow with
-        K: each head's work is dropped and done again in the backward pass.
+        elsewhere. With no head in `heads_this_step`, Eq. 1 of head 1. chunk: rows whose logits exist at a time; None:
+        as many as make LOGITS. Memory does not grow with K: each head's work is dropped and done again in the backward
+        pass.
         """
         hidden = self.hidden(tokens)                                                   # (B, T, D)
         chunk = chunk or max(1, LOGITS // self.vocabulary.size)

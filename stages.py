@@ -54,7 +54,7 @@ class Preset:
     row: int = 192                # tokens in a row of pre-training text
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
-    sizes: tuple = ((6, 6, 16),)         # codec and Stage I: rows, cols and pixels a cell
+    frames: tuple = ((6, 6, 16),)        # codec and Stage I: rows, cols and pixels a cell
     aspects: tuple = ((6, 6, 16), (6, 6, 16), (6, 8, 16), (8, 6, 16), (6, 12, 16), (12, 6, 16))   # Stage II
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
@@ -75,7 +75,7 @@ class VQGANStage:
         if args.shard:
             raise ValueError("the codec is small enough for every GPU: start this stage without --shard")
         self.args, self.recipe, self.preset = args, args.recipe, preset
-        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, sizes=preset.sizes)
+        self.source = open_source(args.data, preset.pictures, args.seed, things=preset.things, frames=preset.frames)
         self.model = VQGAN(preset.codec).to(args.ranks.device)
         if preset.codec.patches and not args.resume:
             n = min(20_000, len(self.source))
@@ -86,7 +86,7 @@ class VQGANStage:
 
     def pixels(self, indices):
         """(B, 3, H, W) in [0, 1]: renders as they are, other pictures as squares of the codec's resolution."""
-        rows, cols, cell = self.preset.sizes[0]
+        rows, cols, cell = self.preset.frames[0]
         size = (rows * cell, cols * cell) if self.args.data == "world" else (self.model.config.resolution,) * 2
         images = [fit(self.source.image(i), *size) for i in indices]
         return torch.stack([to_pixels(image) for image in images]).to(self.args.ranks.device)
@@ -100,7 +100,8 @@ class VQGANStage:
         loss.backward()
         ranks.average(p.grad for p in self.trained.parameters() if p.grad is not None)
         tokens = len(indices) * pixels.shape[-2] * pixels.shape[-1] // self.model.factor ** 2
-        return {name: ranks.sum(value) / ranks.count for name, value in logs.items()}, tokens, lambda: [self.source.title(i) for i in indices]
+        logs = {name: ranks.sum(value) / ranks.count for name, value in logs.items()}
+        return logs, tokens, lambda: [self.source.title(i) for i in indices]
 
     def sample(self, path: Path) -> dict:
         """Writes a grid: eight pictures above their reconstructions."""
@@ -239,16 +240,16 @@ class Stage1(NextToken):
     def read(self) -> None:
         """Opens the pictures, and encodes them once."""
         args, preset = self.args, self.preset
-        self.source = self.open(preset.sizes)
+        self.source = self.open(preset.frames)
         self.codes = encode(self.source, self.vqgan, Encoding(self.vqgan.config.resolution, skip_bad=args.skip_bad),
                             args.out / "codes", args.ranks)
         whole = set(self.codes.whole)
         self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
 
-    def open(self, sizes, **settings):
+    def open(self, frames, **settings):
         """The source; settings are the rendered world's."""
-        return open_source(self.args.data, self.preset.pictures, self.args.seed, things=self.preset.things, sizes=sizes,
-                           languages=("en",) * self.args.english + ("zh",), **settings)
+        return open_source(self.args.data, self.preset.pictures, self.args.seed, things=self.preset.things,
+                           frames=frames, languages=("en",) * self.args.english + ("zh",), **settings)
 
     def rows(self, step: int, rng: random.Random):
         """Pictures, each with what it is used for."""
@@ -328,9 +329,9 @@ class Stage2(Stage1):
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
         self.sort(self.codes)
 
-    def open(self, sizes, **settings):
+    def open(self, frames, **settings):
         """The source, with mostly fine captions."""
-        return super().open(sizes, details=("fine", "fine", "fine", "coarse"), **settings)
+        return super().open(frames, details=("fine", "fine", "fine", "coarse"), **settings)
 
     def sort(self, codes: Codes, **changes) -> None:
         """Puts pictures of one size together, and notes the sizes, squares first, in the model's config."""

@@ -222,7 +222,7 @@ PRESETS = {
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
-        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), sizes=((6, 6, 32), (12, 12, 16)),
+        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
         recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(2400, 8, 1.5e-3)},
         pictures=12_000, ahead=16, heads_a_step=2, alone=0.75),
     "nano": Preset(
@@ -230,7 +230,7 @@ PRESETS = {
         codec=VQGANConfig(**CELLS, resolution=64, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(9000, 32, 2e-3)},
-        pictures=10_000, things=1, sizes=((4, 4, 16),), row=128, caption_share=0.15),
+        pictures=10_000, things=1, frames=((4, 4, 16),), row=128, caption_share=0.15),
 }
 
 

@@ -26,7 +26,7 @@ def small_preset():
     nano = PRESETS["nano"]
     return dataclasses.replace(
         nano, language=dataclasses.replace(nano.language, width=32, heads=2, kv_heads=2, ffn_width=64, layers=2),
-        codec=dataclasses.replace(nano.codec, resolution=96), sizes=((6, 6, 16),), pictures=48, row=64, documents=1000,
+        codec=dataclasses.replace(nano.codec, resolution=96), frames=((6, 6, 16),), pictures=48, row=64, documents=1000,
         recipes={"vqgan": Recipe(6, 8, 1e-3), "text": Recipe(6, 4, 1e-3), "stage1": Recipe(6, 8, 1e-3)})
 
 
