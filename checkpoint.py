@@ -130,13 +130,19 @@ def load_pickled(path: Path, model: nn.Module, device="cpu", unused: str | None 
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
+def codec_folder(directory: str | Path) -> Path:
+    """Where a stage's folder has its codec: in `vqgan` inside it or, shared, beside it."""
+    own, shared = Path(directory) / "vqgan", Path(directory).parent / "vqgan"
+    return shared if shared.is_dir() and not own.is_dir() else own
+
+
 def fingerprint(directory: str | Path) -> str:
     """Tells weight folders apart at little cost: a hash of each safetensors file's length, first and last megabyte.
 
     The folder's own and its codec's: a later stage may well write its weights into another folder inside.
     """
     found = hashlib.sha256()
-    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("vqgan/*.safetensors")]):
+    for path in [*sorted(Path(directory).glob("*.safetensors")), *sorted(codec_folder(directory).glob("*.safetensors"))]:
         size = path.stat().st_size
         with path.open("rb") as file:
             found.update(f"{size}".encode() + file.read(2 ** 20))

@@ -65,8 +65,8 @@ def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
     the first of those that fall on each of the (h, w) codes of the small one, in the small one's order; then the
     second of each, and so on.
 
-    So what a code refines always lies h * w places back: the small picture's code, then the one before of the same
-    cell. In raster order that distance would be another one for every code.
+    So what a code refines lies h * w places back, where the sides are whole multiples: the small picture's code, then
+    the one before of the same cell. In raster order that distance would be another one for every code.
     """
     (H, W), (h, w) = large, small
     rows, cols = np.divmod(np.arange(H * W), W)

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from checkpoint import one_line_errors, write_beside
+from checkpoint import codec_folder, one_line_errors, write_beside
 from data import (captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture, prompt,
                   save_image, size_text, title_text, to_pixels)
 from distributed import check_device
@@ -258,9 +258,7 @@ def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, Tokeni
     model = MARS.from_pretrained(directory, device)
     if not model.vocabulary.codes:
         raise ValueError(f"{directory}: a language model alone; expected one that draws, as of train.py stage1")
-    shared = not (directory / "vqgan").is_dir() and (directory.parent / "vqgan").is_dir()
-    codec = (directory.parent if shared else directory) / "vqgan"
-    return model, VQGAN.from_pretrained(codec, device), load_tokenizer(directory)
+    return model, VQGAN.from_pretrained(codec_folder(directory), device), load_tokenizer(directory)
 
 
 class Painter:

@@ -20,7 +20,7 @@ from data import (Codes, Encoding, RecipePictures, World, collate, encode, fit, 
                   save_image, stage1_rows, stage3_rows, text_rows, title_text, to_image, to_pixels)
 from distributed import Spread, whole_state
 from evaluate import accuracy, judge_recipe, look_up, recipe_accuracy
-from generate import Painter, load_stage, save_recipe
+from generate import DETAIL, Painter, load_stage, save_recipe
 from mars import MARS, MARSConfig, count_parameters
 from recipes import sample as sample_recipe
 from recipes import text_of
@@ -412,8 +412,9 @@ class Stage3(Stage2):
         how = dataclasses.replace(how, long_side=self.preset.long_side)
         large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
         texts = [self.source.caption(i, random.Random(0)) for i in some]
+        alone = dataclasses.replace(DETAIL, heads=1) if self.model.heads_this_step == [] else DETAIL
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            ours = ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts)))
+            ours = ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts), alone))
         plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
         if ranks.is_first:
             columns = min(8, len(some))

@@ -29,7 +29,8 @@ from vqgan import VQGAN
 
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}           # Student's t for the mean of so many seeds
 PAPER = {
-    "2": {"MARS": {"colour": 69.13, "shape": 54.31, "texture": 71.23, "relation": 19.24, "count": 32.10, "all": 40.49}},
+    "2": {"MARS": {"color": 69.13, "shape": 54.31, "texture": 71.23, "spatial": 19.24, "non-spatial": 32.10,
+                   "complex": 40.49}},
     "3": {"without visual experts": {"FID": 10.13, "CLIPScore": 30.14},
           "with visual experts": {"FID": 8.24, "CLIPScore": 31.03}},
     "4": {"Stage I": {"FID": 8.24, "CLIPScore": 31.03}, "Stage II": {"FID": 7.02, "CLIPScore": 32.21},
@@ -60,10 +61,11 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def over_seeds(values: list[float]) -> dict:
-    """Mean of one value a seed, and Student's 95% interval of it."""
-    mean, spread = float(np.mean(values)), 0.0
-    if len(values) > 1:
-        spread = T_95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    """Mean of one value a seed, and Student's 95% interval of it, where there is more than one."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return {"mean": mean, "seeds": values}
+    spread = T_95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return {"mean": mean, "low": mean - spread, "high": mean + spread, "seeds": values}
 
 
@@ -91,18 +93,18 @@ def score(painter: Painter, judge: VQGAN, n: int, seed: int, things: int | None 
 # ----------------------------------------------------------------------------- the tables
 
 def train_stage1(args, name: str, seed: int, *flags) -> Path:
-    """Trains one Stage I, unless it is there; the codec and the language model under `args.runs` are shared by all."""
-    runs, common = args.runs, ["--preset", args.preset, "--device", args.device]
-    for stage in ("vqgan", "text"):
-        if not (runs / stage / "config.json").is_file():
-            train.main([stage, *common, "--out", str(runs / stage)])
-    out = runs / f"{name.replace(' ', '-')}-{seed}"
-    if not (out / "config.json").is_file():
-        there = ["--resume"] if any(out.glob("checkpoint-*.pt")) else []
-        train.main(["stage1", *common, "--vqgan", str(runs / "vqgan"), "--language", str(runs / "text"), "--out",
-                    str(out), "--steps", str(args.steps), "--batch", str(args.batch), "--seed", str(seed),
-                    "--sample-every", str(args.steps), *there, *flags])
-    return out
+    """Trains one Stage I, unless it is there; all of a preset share its codec and its language model."""
+    runs, steps = args.runs / args.preset, str(args.steps)
+
+    def once(out: Path, *command) -> Path:
+        if not (out / "config.json").is_file():
+            there = ["--resume"] if any(out.glob("checkpoint-*.pt")) else []
+            train.main([*command, "--preset", args.preset, "--device", args.device, "--out", str(out), *there])
+        return out
+    vqgan, text = (once(runs / stage, stage) for stage in ("vqgan", "text"))
+    return once(runs / f"{name.replace(' ', '-')}-{steps}x{args.batch}-{seed}", "stage1", "--vqgan", str(vqgan),
+                "--language", str(text), "--steps", steps, "--batch", str(args.batch), "--seed", str(seed),
+                "--sample-every", steps, *flags)
 
 
 def trained(args, variants: dict[str, tuple[str, ...]]) -> dict[str, list[dict]]:
@@ -157,7 +159,11 @@ def show(report: dict) -> str:
     columns = report["columns"]
     lines = [f"{'':30}" + "".join(f"{name:>24}" for name in columns)]
     for name, row in report["rows"].items():
-        cells = ("{mean:.1f} ({low:.1f} to {high:.1f})".format(**row[key]) for key in columns)
+        cells = []
+        for key in columns:
+            digits = 3 if key in ("frechet", "perplexity") else 1
+            mean, *ends = (f"{row[key][end]:.{digits}f}" for end in ("mean", "low", "high") if end in row[key])
+            cells.append(mean + (" ({} to {})".format(*ends) if ends else ""))
         lines.append(f"{name:30}" + "".join(f"{cell:>24}" for cell in cells))
     for name, row in PAPER[report["table"]].items():
         lines.append(f"the paper's {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
@@ -170,8 +176,10 @@ def export(painter: Painter, captions: list[str], out: Path, each: int, seed: in
     """Writes `each` pictures a caption as T2I-CompBench's scripts read them, `samples/CAPTION_000000.png`, counted
     through; clean-fid takes any folder, so `samples` too. Files that are there stay. -> how many there are.
 
-    Raises ValueError, one line, for a caption that such a file name cannot hold.
+    Raises ValueError, one line, for a caption that such a file name cannot hold, or where there is none.
     """
+    if not captions:
+        raise ValueError("no captions, expected one a line")
     for line, caption in enumerate(captions, 1):
         if "_" in caption or "/" in caption or len(caption.encode()) > 240:
             raise ValueError(f"caption {line}: {caption[:60]!r} cannot be a file name that T2I-CompBench splits at its "
@@ -183,7 +191,8 @@ def export(painter: Painter, captions: list[str], out: Path, each: int, seed: in
         if not all(path.is_file() for _, path in some):
             images = painter.paint([caption for caption, _ in some], Sampling(), seed + start)
             for image, (_, path) in zip(images, some):
-                save_image(image, path)
+                if not path.is_file():
+                    save_image(image, path)
     return len(names)
 
 
@@ -207,10 +216,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.what == "export" and not (args.captions and args.out):
         parser.error("export needs --captions FILE and --out DIR")
-    if len(args.seeds) not in (1, *T_95):
-        parser.error(f"{len(args.seeds)} seeds, expected 1 to {max(T_95)}")
-    if min(args.prompts, args.steps, args.batch, args.each) < 1:
-        parser.error("--prompts, --steps, --batch and --each: expected at least 1")
+    if len(set(args.seeds)) != len(args.seeds) or len(args.seeds) not in (1, *T_95):
+        parser.error(f"--seeds: expected 1 to {max(T_95)} different ones")
+    if args.prompts < 20 or min(args.steps, args.batch, args.each) < 1:
+        parser.error("expected --prompts of at least 20, and --steps, --batch and --each of at least 1")
     return args
 
 
@@ -227,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         make, columns = TABLES[args.what]
         rows = make(args)
         report = {"table": args.what, "columns": columns, "prompts": args.prompts, "seeds": args.seeds,
-                  "rows": {name: {key: over_seeds([one[key] for one in found]) for key in found[0]}
+                  "rows": {name: {key: over_seeds([one[key] for one in found]) for key in columns}
                            for name, found in rows.items()}}
         if args.what in "37":
             report |= {"preset": args.preset, "steps": args.steps, "batch": args.batch}

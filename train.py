@@ -191,6 +191,7 @@ def train(args, preset: Preset) -> None:
                 print(f"stopped after step {step + 1} and saved; --resume goes on", file=sys.stderr)
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
     stage.save(out)
+    ranks.wait()                                                 # the next stage of `all` reads what the first wrote
     if ranks.is_first:
         print(f"{args.stage}: wrote {out}")
 
@@ -237,7 +238,9 @@ PRESETS = {
 USED_BY = {"vqgan": ("stage1", "stage3"), "language": ("stage1",), "init": ("stage2", "stage3", "joint"),
            "ahead": ("stage1", "stage3"), "corruption": ("stage3",), "without_experts": ("stage1",),
            "route_output": ("stage1",), "caption_share": ("stage1", "stage2"), "english": ("stage1", "stage2", "stage3"),
-           "skip_bad": ("stage1", "stage2", "stage3")}            # flags that not every stage knows what to do with
+           "skip_bad": ("stage1", "stage2", "stage3"), "save_bf16": ("stage1", "stage2", "stage3", "joint"),
+           "micro_batch": ("text", "stage1", "stage2", "stage3", "joint"),
+           "checkpoint_activations": ("text", "stage1", "stage2", "stage3", "joint")}    # flags not of every stage
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -263,7 +266,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
-    parser.add_argument("--english", type=int, default=1, metavar="N", help="rendered world: captions a Chinese one")
+    parser.add_argument("--english", type=int, default=1, metavar="N", help="rendered world: English captions for each Chinese one")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
@@ -272,6 +275,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, store them once")
     parser.add_argument("--shard", action="store_true", help="under torchrun: shard all over the GPUs, as ZeRO-3 does")
     args = parser.parse_args(arguments)
+    if args.data != "world" and args.english != 1:
+        parser.error(f"--english is of the rendered world's captions, not of --data {args.data}")
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     if not 0 <= args.corruption <= 1:
         parser.error(f"--corruption is {args.corruption}, expected 0 to 1")

@@ -94,6 +94,7 @@ def test_forecast_agrees_with_the_known_figures():
     config = MARSConfig(**{**vars(PRESETS["qwen-7b"]), "route_output": True})
     assert [round(size / 1e9, 1) for size in forecast(config).values()] == [120.1, 51.4, 15.0, 13.5, 1.1]
     assert count_parameters(config)[1] == 6_543_572_992
+    assert count_parameters(PRESETS["qwen-7b"])[1] == 6_006_702_080
 
 
 @BOTH

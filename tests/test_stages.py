@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import data
 import generate
 import stages
+import tables
 import test_train
 import train
 from checkpoint import fingerprint
@@ -270,6 +272,21 @@ def test_one_head_draws_as_head_1_alone_and_the_seed_decides(runs):
     alone = Painter(single, painter.vqgan, painter.tokenizer, painter.side)
     one = Sampling(cfg=1.0, temperature=0.0, heads=1)
     assert alone.upscale([image], ["x"], one)[0].tobytes() == painter.upscale([image], ["x"], one)[0].tobytes()
+
+
+def test_tables_2_and_4_score_each_stage_that_there_is(runs, tmp_path, capsys):
+    two, out = tmp_path / "two", tmp_path / "table.json"
+    shutil.copytree(runs / "stage2", two)
+    common = ["--weights", str(two), "--prompts", "20", "--seeds", "1", "--out", str(out)]
+    tables.main(["4", *common])
+    assert list(json.loads(out.read_text())["rows"]) == ["Stage II"]
+    shutil.copytree(runs / "stage3", two / "stage3")
+    tables.main(["4", "--stage1", str(runs / "stage1"), *common])
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["Stage I", "Stage II", "Stage III"] and all(row["frechet"]["mean"] > 0 for row in rows.values())
+    tables.main(["2", "--prompts", "20", "--seeds", "1", "--out", str(out)])              # the weights that ship
+    assert json.loads(out.read_text())["rows"]["MARS"]["all"]["mean"] > 60
+    assert "the paper's MARS: color 69.13, shape 54.31" in capsys.readouterr().out
 
 
 def test_psnr_is_the_mean_over_pictures_and_rounding_is_its_floor():

@@ -27,13 +27,13 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
 def test_the_interval_over_seeds_is_students():
     found = tables.over_seeds([80.0, 82.0, 84.0])
     assert found["mean"] == 82 and found["high"] - 82 == pytest.approx(4.303 * 2 / 3 ** 0.5)
-    assert tables.over_seeds([5.0])["low"] == 5
+    assert tables.over_seeds([5.0]) == {"mean": 5, "seeds": [5.0]}                     # one says nothing of the next
 
 
 def test_a_table_trains_its_models_once_and_scores_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "test", small_preset())
     out = tmp_path / "table.json"
-    common = ["--preset", "test", "--steps", "2", "--runs", str(tmp_path / "runs"), "--prompts", "4", "--out", str(out)]
+    common = ["--preset", "test", "--steps", "2", "--runs", str(tmp_path / "runs"), "--prompts", "20", "--out", str(out)]
     tables.main(["3", "--seeds", "3", "5", *common])
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(report["rows"]) == ["without visual experts", "with visual experts"] and report["steps"] == 2
@@ -46,8 +46,8 @@ def test_a_table_trains_its_models_once_and_scores_them(tmp_path, monkeypatch, c
     tables.main(["7", "--seeds", "3", *common])
     figure, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert printed.count("stage1: wrote") == 1                                 # Table 3's model was there
-    assert figure["rows"]["with visual experts"]["zh"]["seeds"][0] == report["rows"]["with visual experts"]["zh"][
-        "seeds"][0]
+    first = [found["rows"]["with visual experts"]["all"]["seeds"][0] for found in (figure, report)]
+    assert first[0] == first[1]
     assert list(figure["rows"]) == ["with visual experts", "one caption in twenty Chinese"]
 
 
@@ -64,12 +64,16 @@ def test_pictures_are_exported_by_caption_and_number_and_what_is_there_stays(tmp
     tables.main(command)
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert "4 pictures in" in capsys.readouterr().out
+    (folder / names[1]).unlink()
+    tables.main(command)
+    assert {path.name for path in folder.iterdir() if times.get(path) != path.stat().st_mtime_ns} == {names[1]}
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["export", "--out", "x"], "export needs --captions FILE and --out DIR"),
-    (["2", "--seeds", "1", "2", "3", "4", "5", "6"], "6 seeds, expected 1 to 5"),
-    (["2", "--prompts", "0"], "expected at least 1"),
+    (["2", "--seeds", "1", "2", "3", "4", "5", "6"], "--seeds: expected 1 to 5 different ones"),
+    (["3", "--seeds", "1", "1"], "--seeds: expected 1 to 5 different ones"),
+    (["2", "--prompts", "19"], "--prompts of at least 20"),
     (["4", "--weights", "nowhere"], "nowhere"),
 ])
 def test_bad_input_gets_one_line(arguments, message, capsys):
