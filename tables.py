@@ -120,7 +120,8 @@ def trained(args, variants: dict[str, tuple[str, ...]]) -> dict[str, list[dict]]
 
 
 def table_2(args) -> dict[str, list[dict]]:
-    """Table 2: relation stands for its spatial column, count for non-spatial, all for complex."""
+    """Table 2: relation stands for its spatial column, count for non-spatial, all for complex; en and zh are `all` of
+    the English and of the Chinese prompts, for Fig. 7."""
     painter, judge = Painter.from_pretrained(args.weights, args.device), VQGAN.from_pretrained(TINY)
     return {"MARS": [score(painter, judge, args.prompts, seed) for seed in args.seeds]}
 
@@ -148,23 +149,21 @@ def figure_7(args) -> dict[str, list[dict]]:
     return trained(args, {"with visual experts": (), "one caption in twenty Chinese": ("--english", "19")})
 
 
-TABLES = {"2": (table_2, ("colour", "shape", "texture", "relation", "count", "all", "frechet")),
+TABLES = {"2": (table_2, ("colour", "shape", "texture", "relation", "count", "all", "en", "zh", "frechet")),
           "3": (table_3, ("all", "colour", "shape", "texture", "frechet", "perplexity")),
           "4": (table_4, ("all", "colour", "shape", "relation", "frechet")),
           "7": (figure_7, ("en", "zh", "all"))}
 
 
 def show(report: dict) -> str:
-    """A report as a table: mean and 95% interval over seeds, and below it what the paper's table says."""
-    columns = report["columns"]
-    lines = [f"{'':30}" + "".join(f"{name:>24}" for name in columns)]
-    for name, row in report["rows"].items():
-        cells = []
-        for key in columns:
-            digits = 3 if key in ("frechet", "perplexity") else 1
+    """A report as a table, a line a measure: mean and 95% interval over seeds; below it what the paper's table says."""
+    lines = [f"{'':12}" + "".join(f"{name:>32}" for name in report["rows"])]
+    for key in report["columns"]:
+        digits, cells = 3 if key in ("frechet", "perplexity") else 1, []
+        for row in report["rows"].values():
             mean, *ends = (f"{row[key][end]:.{digits}f}" for end in ("mean", "low", "high") if end in row[key])
             cells.append(mean + (" ({} to {})".format(*ends) if ends else ""))
-        lines.append(f"{name:30}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{key:12}" + "".join(f"{cell:>32}" for cell in cells))
     for name, row in PAPER[report["table"]].items():
         lines.append(f"the paper's {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
     return "\n".join(lines)

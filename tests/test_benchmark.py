@@ -31,7 +31,7 @@ def test_runs_take_turns_after_one_to_warm_up():
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["speed"])
-    assert stop.value.code == 2 and "part 'speed', expected some of train, decode" in capsys.readouterr().err
+    assert stop.value.code == 2 and "part 'speed', expected some of loss, train, decode" in capsys.readouterr().err
 
 
 def test_the_readme_shows_what_was_measured():

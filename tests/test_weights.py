@@ -174,6 +174,15 @@ def test_readme_shows_the_shipped_report_of_recipes():
     assert evaluate.show(report["rows"], evaluate.RECIPE_KEYS) in README
 
 
+def test_readme_says_what_nano_reaches():
+    rows = {row["what"]: row for row in json.loads((ROOT / "results" / "nano.json").read_text())["rows"]
+            if row["split"] == "seen pairs" and row["language"] == "both"}
+    assert [rows[key]["share"] for key in ("colour", "shape", "exact")] == [1, 1, 1] and rows["all"]["n"] == 200
+    low, share, high = (round(100 * rows["all"][key]) for key in ("low", "share", "high"))
+    flat = " ".join(README.split())
+    assert f"{100 * rows['texture']['share']:.0f}% of textures, so {share}% of pictures are all-correct, {low}% to {high}%" in flat
+
+
 def test_readme_shows_the_shipped_report():
     report = json.loads((TINY / "report.json").read_text())
     assert evaluate.show(report["rows"]) in README
