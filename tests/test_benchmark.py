@@ -10,6 +10,7 @@ import benchmark
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_each_part_measures_and_names_its_baseline(tmp_path, capsys):
     benchmark.main(["train", "decode", "--width", "32", "--heads", "2", "--layers", "1", "--rounds", "1",
                     "--out", str(tmp_path / "found.json")])

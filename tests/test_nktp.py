@@ -116,8 +116,9 @@ def statistic(model, drawn, sampling, length=3):
     return sum((n - e) ** 2 / e for n, e in pairs), quantile
 
 
-@pytest.mark.parametrize("sampling", [Sampling(cfg=1.0, temperature=1.0, top_k=0, top_p=1.0),
-                                      Sampling(cfg=1.5, temperature=0.9, top_k=3, top_p=0.95)], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampling", [
+    pytest.param(Sampling(cfg=1.0, temperature=1.0, top_k=0, top_p=1.0), id="plain"),
+    pytest.param(Sampling(cfg=1.5, temperature=0.9, top_k=3, top_p=0.95), id="guided", marks=pytest.mark.slow)])
 def test_verified_codes_are_distributed_as_head_1_alone_draws_them(sampling):
     """Chance of a false alarm, were the seed not fixed: 0.1%. Unverified drafts fail the same test by far."""
     model = grow(3)

@@ -30,6 +30,7 @@ def test_the_interval_over_seeds_is_students():
     assert tables.over_seeds([5.0]) == {"mean": 5, "seeds": [5.0]}                     # one says nothing of the next
 
 
+@pytest.mark.slow
 def test_a_table_trains_its_models_once_and_scores_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "test", small_preset())
     out = tmp_path / "table.json"
