@@ -142,7 +142,8 @@ def fingerprint(directory: str | Path) -> str:
     The folder's own and its codec's: a later stage may well write its weights into another folder inside.
     """
     found = hashlib.sha256()
-    for path in [*sorted(Path(directory).glob("*.safetensors")), *sorted(codec_folder(directory).glob("*.safetensors"))]:
+    for path in [path for folder in (Path(directory), codec_folder(directory))
+                 for path in sorted(folder.glob("*.safetensors"))]:
         size = path.stat().st_size
         with path.open("rb") as file:
             found.update(f"{size}".encode() + file.read(2 ** 20))

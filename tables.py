@@ -20,7 +20,7 @@ from tqdm import tqdm
 import train
 import world
 from checker import KEYS, check
-from checkpoint import one_line_errors, write_beside, write_json
+from checkpoint import one_line_errors, write_json
 from data import save_image, to_pixels
 from distributed import check_device
 from evaluate import CELL, perplexity, questions

@@ -237,8 +237,9 @@ PRESETS = {
 
 USED_BY = {"vqgan": ("stage1", "stage3"), "language": ("stage1",), "init": ("stage2", "stage3", "joint"),
            "ahead": ("stage1", "stage3"), "corruption": ("stage3",), "without_experts": ("stage1",),
-           "route_output": ("stage1",), "caption_share": ("stage1", "stage2"), "english": ("stage1", "stage2", "stage3"),
-           "skip_bad": ("stage1", "stage2", "stage3"), "save_bf16": ("stage1", "stage2", "stage3", "joint"),
+           "route_output": ("stage1",), "caption_share": ("stage1", "stage2"),
+           "english": ("stage1", "stage2", "stage3"), "skip_bad": ("stage1", "stage2", "stage3"),
+           "save_bf16": ("stage1", "stage2", "stage3", "joint"),
            "micro_batch": ("text", "stage1", "stage2", "stage3", "joint"),
            "checkpoint_activations": ("text", "stage1", "stage2", "stage3", "joint")}    # flags not of every stage
 
@@ -266,7 +267,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
     parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
     parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
-    parser.add_argument("--english", type=int, default=1, metavar="N", help="rendered world: English captions for each Chinese one")
+    parser.add_argument("--english", type=int, default=1, metavar="N",
+                        help="rendered world: English captions for each Chinese one")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
     parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
