@@ -8,8 +8,8 @@ All colour-shape pairs occur: the language model knows every word and phrase tha
 import random
 from dataclasses import dataclass
 
-from world import (BACKGROUNDS, CHINESE, COLOURS, DETAILS, LANGUAGES, SHAPES, SIZES, TEXTURES, Scene, Thing, caption,
-                   sample_scene)
+from world import (BACKGROUNDS, CHINESE, COLOURS, DETAILS, LANGUAGES, SHAPES, SIZES, TEXTURES, Scene, caption,
+                   reading_order, sample_scene)
 
 NUMBERS = {"en": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
            "zh": ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十")}
@@ -48,11 +48,6 @@ def say(words: list[str], language: str) -> str:
     return "".join(CHINESE[word] + "的" * (word in TEXTURES) for word in words)
 
 
-def reading_order(scene: Scene) -> list[Thing]:
-    """The things of a scene from top to bottom, and from left to right where they share a row."""
-    return sorted(scene.things, key=lambda thing: (thing.row, thing.col))
-
-
 def ask(scene: Scene, rng: random.Random, language: str, kind: str | None = None) -> Question:
     """A question about a scene that its fine caption answers; of the kind asked for, where the scene allows it."""
     thing = rng.choice(scene.things)
@@ -75,7 +70,7 @@ def ask(scene: Scene, rng: random.Random, language: str, kind: str | None = None
         named, relation = [thing.colour, thing.shape], scene.relations[i]
         answer = say([found.colour, found.shape], language)
     elif kind == "order":
-        answer = ", ".join(say([t.size, t.texture, t.colour, t.shape], language) for t in reading_order(scene))
+        answer = ", ".join(say([t.size, t.texture, t.colour, t.shape], language) for t in reading_order(scene.things))
     else:
         answer = say([getattr(thing, kind)], language).removesuffix("的")
     text = QUESTIONS[language][kind].format(say(named, language), r=ASKED[language].get(relation, ""))

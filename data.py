@@ -252,11 +252,15 @@ class World:
         """What filters may ask of picture i: nothing."""
         return {}
 
-    def caption(self, i: int, rng: random.Random) -> str | None:
-        """One of picture i's captions, English or Chinese, coarse or fine; None where a pair is held out."""
+    def caption(self, i: int, rng: random.Random, to_write: bool = False) -> str | None:
+        """One of picture i's captions, English or Chinese, coarse or fine; None where a pair is held out.
+
+        to_write: one for the model to write, told in reading order. Which of two things a caption names first is else
+        a toss of a coin that "above" or "below" has to agree with, and the frozen language side never learned that.
+        """
         scene, captioned = self.scene(i)
         if captioned:
-            return world.caption(scene, rng, rng.choice(self.languages), rng.choice(self.details))
+            return world.caption(scene, rng, rng.choice(self.languages), rng.choice(self.details), in_order=to_write)
 
 
 class RecipePictures:
@@ -320,8 +324,8 @@ class Listed:
         """The numbers that the manifest has on picture i, such as clip_score."""
         return self.records[i][2]
 
-    def caption(self, i: int, rng: random.Random) -> str | None:
-        """One of picture i's captions, None where it has none."""
+    def caption(self, i: int, rng: random.Random, to_write: bool = False) -> str | None:
+        """One of picture i's captions, None where it has none; a picture of one's own has the same for both tasks."""
         texts = self.captions(i)
         return rng.choice(texts) if texts else None
 
@@ -641,11 +645,12 @@ def stage1_rows(source, indices, batch: int, rng: random.Random, caption_share: 
     rows = []
     for _ in range(batch):
         i = rng.choice(indices)
-        text = source.caption(i, rng)
-        is_captioning = text is not None and rng.random() < caption_share
-        if not is_captioning and (text is None or rng.random() < drop):
-            text = None
-        rows.append(Row(i, text, is_captioning))
+        to_write = rng.random() < caption_share
+        text = source.caption(i, rng, to_write)
+        if text is None or (not to_write and rng.random() < drop):
+            rows.append(Row(i, None))
+        else:
+            rows.append(Row(i, text, to_write))
     return rows
 
 

@@ -98,16 +98,16 @@ def true_of(claim: world.Claim, scene: world.Scene) -> bool:
             and set(claim.relations) <= set(fact.relations) and claim.background in (None, fact.background))
 
 
-def reading(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
+def reading(painter: Painter, n: int, seed: int, things: int | None, best_of: int = 1) -> list[dict]:
     """Captions n renders of unseen scenes of seen pairs -> the row of exact ones: true throughout, naming all."""
     scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things, painter.sizes[0])]
-    marks = []
-    for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes])):
+    task, marks = "captioning" if best_of == 1 else f"captioning, best of {best_of}", []
+    for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes], best_of=best_of)):
         try:
             marks.append(true_of(world.parse(text), scene))
         except ValueError:                                       # the caption says nothing that can be read
             marks.append(False)
-    return [counted({"task": "captioning", "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
+    return [counted({"task": task, "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
 
 
 def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
@@ -291,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)
         for size in painter.sizes[1:]:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, size=size, splits=["seen pairs"])
-        rows += reading(painter, args.prompts, args.seed, args.things)
+        for best_of in (1, 8):                                       # likeliest words; and as generate.py --caption
+            rows += reading(painter, args.prompts, args.seed, args.things, best_of)
         rows += restoring(painter, 500, args.seed, args.things)
         share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)
         report = {"weights": args.weights.name, "seed": args.seed, "sampling": vars(sampling), "rows": rows,

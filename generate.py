@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import codec_folder, one_line_errors, write_beside
-from data import (captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture, prompt,
-                  save_image, size_text, title_text, to_pixels)
+from data import (Sequence, captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture,
+                  prompt, save_image, size_text, text_to_image, title_text, to_pixels)
 from distributed import check_device
 from mars import MARS
 from recipes import markdown, parse_steps
@@ -234,17 +234,14 @@ def write_mixed(model: MARS, prompts: list[list[int]], eos: int, height: int, wi
 
 
 @torch.no_grad()
-def caption_log_likelihood(model: MARS, captions: list[list[int]], codes: Tensor, eos: int,
-                           size: list[int] = ()) -> Tensor:
-    """Not in the paper, whose MARS* ranks pictures by CLIP: log p(caption | picture) by the model itself.
-
-    captions: ids; codes (B, h, w); size: its ids -> (B,), natural logarithms.
-    """
-    pairs = [captioning(caption, picture, model.vocabulary, eos, size) for caption, picture in zip(captions, codes)]
-    tokens, is_target = (tensor.to(codes.device) for tensor in collate(pairs, model.vocabulary.special("<pad>")))
+def log_likelihood(model: MARS, sequences: list[Sequence]) -> Tensor:
+    """log p of each sequence's targets given what stands before them: of a caption given its picture, or of a picture
+    given its caption -> (B,), natural logarithms. Not in the paper, whose MARS* ranks pictures by CLIP."""
+    device = model.norm.weight.device
+    tokens, is_target = (rows.to(device) for rows in collate(sequences, model.vocabulary.special("<pad>")))
     asked = is_target[:, 1:]                                                     # (B, T - 1)
     log_p = model.logits(model.hidden(tokens)[:, :-1][asked]).log_softmax(-1)    # (targets, V)
-    of_target = torch.zeros(asked.shape, device=codes.device)
+    of_target = torch.zeros(asked.shape, device=device)
     of_target[asked] = log_p.gather(-1, tokens[:, 1:][asked][:, None])[:, 0]
     return of_target.sum(1)
 
@@ -331,7 +328,9 @@ class Painter:
             else:
                 codes = draw_codes(self.model, some, h, w, sampling, generator, asked)
             if best_of > 1:
-                likely = caption_log_likelihood(self.model, some, codes, self.tokenizer.eos, asked).view(-1, best_of)
+                likely = log_likelihood(self.model, [
+                    captioning(caption, picture, self.model.vocabulary, self.tokenizer.eos, asked)
+                    for caption, picture in zip(some, codes)]).view(-1, best_of)
                 codes = codes.unflatten(0, (-1, best_of))[torch.arange(len(likely)), likely.argmax(1)]
             images += decode_each(self.vqgan, codes)
         return images
@@ -394,19 +393,32 @@ class Painter:
                     restored += decode_each(self.vqgan, codes[None])
         return restored
 
-    def describe(self, images, max_tokens: int = 96, batch: int = 64) -> list[str]:
-        """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step."""
-        texts = []
+    def describe(self, images, max_tokens: int = 96, batch: int = 64, best_of: int = 1, seed: int = 0) -> list[str]:
+        """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step.
+
+        best_of: how many to write for each image, all but the first drawn at random; the one stays that makes its
+        image likeliest as a picture of it. Not in the paper: its MARS* the other way round.
+        """
         if self.model.config.long_side:
             raise ValueError("these weights only upscale; expected those of train.py stage1 or stage2 to describe with")
-        eos = self.tokenizer.eos
-        for start in range(0, len(images), batch):
-            some = images[start:start + batch]
+        model, eos, texts = self.model, self.tokenizer.eos, []
+        generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+        for start in range(0, len(images), max(1, batch // best_of)):
+            some = images[start:start + max(1, batch // best_of)]
             sizes = [self.nearest_size(image) for image in some]
             codes = encode_each(self.vqgan, [to_pixels(fit(image, *size)) for image, size in zip(some, sizes)])
-            shown = [captioning([], picture, self.model.vocabulary, eos, self.size_ids(*size)).tokens[:-1]
+            sizes = [self.size_ids(*size) for size in sizes]
+            shown = [captioning([], picture, model.vocabulary, eos, size).tokens[:-1]
                      for picture, size in zip(codes, sizes)]
-            texts += [self.tokenizer.decode(ids) for ids in write_text(self.model, shown, eos, max_tokens)]
+            written = [[ids] for ids in write_text(model, shown, eos, max_tokens)]
+            if best_of > 1:
+                again = [ids for ids in shown for _ in range(best_of - 1)]
+                drawn = write_text(model, again, eos, max_tokens, Sampling(cfg=1.0, temperature=1.0), generator)
+                for i, (found, picture, size) in enumerate(zip(written, codes, sizes)):
+                    found += drawn[i * (best_of - 1):(i + 1) * (best_of - 1)]
+                    pairs = [text_to_image(ids, picture, model.vocabulary, size) for ids in found]
+                    written[i] = [found[log_likelihood(model, pairs).argmax()]]
+            texts += [self.tokenizer.decode(ids) for ids, in written]
         return texts
 
 
@@ -451,8 +463,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
-    parser.add_argument("--best-of", type=int, default=1, metavar="N",
-                        help="draw N for each, keep the one that the prompt describes best")
+    parser.add_argument("--best-of", type=int, metavar="N", help="draw N for each, keep the one that the prompt "
+                        "describes best; or of N captions the one that the picture shows best; default: 1, captions 8")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", metavar="DIR",
@@ -463,6 +475,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given, is_recipe = isinstance(args.upscale, str), args.recipe is not None
     if bool(args.prompt) + bool(args.caption) + given + is_recipe != 1:
         parser.error("expected a prompt, --caption IMAGE, --upscale IMAGE --prompt TEXT or --recipe TITLE, one of them")
+    args.best_of = (8 if args.caption else 1) if args.best_of is None else args.best_of
     args.weights = args.weights or (TINY / "joint" if is_recipe else TINY)
     args.out = args.out or ("out.md" if is_recipe else "out.png")
     if is_recipe and Path(args.out).suffix != ".md":
@@ -488,7 +501,8 @@ def main(arguments: list[str] | None = None) -> None:
         device, detail = check_device(args.device), dataclasses.replace(DETAIL, heads=args.heads)
         if args.caption:
             image = open_picture(args.caption)
-            print(Painter.from_pretrained(args.weights, device).describe([image])[0])
+            painter = Painter.from_pretrained(args.weights, device)
+            print(painter.describe([image], best_of=args.best_of, seed=args.seed)[0])
             return
         if args.upscale is not None:
             upscaler = Painter.from_pretrained(args.cascade or Path(args.weights) / "stage3", device)

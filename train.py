@@ -224,8 +224,8 @@ PRESETS = {
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
-        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(2400, 8, 1.5e-3)},
-        pictures=12_000, ahead=16, heads_a_step=2, alone=0.75),
+        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(4500, 8, 1.5e-3)},
+        pictures=12_000, ahead=16, heads_a_step=2, alone=0.7),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=64, num_embeddings=2304, quantized_embed_dim=96),
@@ -282,6 +282,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     if not 0 <= args.corruption <= 1:
         parser.error(f"--corruption is {args.corruption}, expected 0 to 1")
+    for name in ("vqgan", "language", *["init"] * ("stage1" in PRESETS[args.preset].recipes)):
+        if args.stage == "all" and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} names an earlier stage: all trains its own; give the stages one by one")
     for name, stages in USED_BY.items():
         if args.stage not in (*stages, "all") and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for {', '.join(stages)}: {args.stage} does not use it")

@@ -267,13 +267,22 @@ RELATIONS = {"en": {"left": ("left of", "to the left of"), "right": ("right of",
                     "below": ("下方", "下面")}}
 
 
-def caption(scene: Scene, rng: random.Random, language: str, detail: str) -> str:
-    """One of many captions of a scene: 'fine' says everything, 'coarse' little more than colour, shape, relation."""
+def reading_order(things) -> list[Thing]:
+    """Things from top to bottom, and from left to right where they share a row."""
+    return sorted(things, key=lambda thing: (thing.row, thing.col))
+
+
+def caption(scene: Scene, rng: random.Random, language: str, detail: str, in_order: bool = False) -> str:
+    """One of many captions of a scene: 'fine' says everything, 'coarse' little more than colour, shape, relation.
+
+    in_order: told from the end that comes first in reading order, not from either one.
+    """
     if language not in LANGUAGES or detail not in DETAILS:
         raise ValueError(f"caption {language!r}, {detail!r}: expected one of {LANGUAGES} and one of {DETAILS}")
     said = lambda chance: detail == "fine" or rng.random() < chance
     things, relations = scene.things, scene.relations
-    if rng.random() < 0.5:
+    backwards = rng.random() < 0.5
+    if reading_order((things[0], things[-1]))[0] is things[-1] if in_order else backwards:
         things, relations = things[::-1], tuple(INVERSE[r] for r in relations[::-1])
     words = {}
     for name, thing in zip("XYZ", things):

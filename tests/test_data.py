@@ -2,6 +2,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 import types
 
@@ -77,7 +78,7 @@ def test_collate_pads_at_the_right_and_padding_is_no_target():
 
 def test_one_caption_in_ten_is_dropped_and_the_share_of_captioning_is_as_asked(tokenizer):
     source = World(50, seed=0)
-    source.caption = lambda i, rng: "a red circle"
+    source.caption = lambda i, rng, to_write: "a red circle"
     rows = stage1_rows(source, range(50), 2000, random.Random(0), caption_share=0.3)
     assert abs(np.mean([row.is_captioning for row in rows]) - 0.3) < 0.04
     assert abs(np.mean([row.text is None for row in rows]) - 0.07) < 0.03
@@ -86,6 +87,15 @@ def test_one_caption_in_ten_is_dropped_and_the_share_of_captioning_is_as_asked(t
         first = row.sequence(np.zeros((2, 2), np.uint16), tokenizer, vocabulary).tokens[0]
         expected = vocabulary.special("<img>") if row.is_captioning else vocabulary.special("<uncond>")
         assert (first == expected) == (row.is_captioning or row.text is None)
+
+
+def test_captions_to_write_are_told_in_reading_order_and_captions_to_draw_from_either_end():
+    """Of two things, the first in reading order is above the other or left of it."""
+    source, rng = World(600, seed=0), random.Random(0)
+    pairs = [i for i in range(600) if source.scene(i)[1] and len(source.scene(i)[0].things) == 2]
+    told = {to_write: [source.caption(i, rng, to_write) for i in pairs] for to_write in (False, True)}
+    back = {key: np.mean([bool(re.search("right of|below|右|下", text)) for text in texts]) for key, texts in told.items()}
+    assert back[True] == 0 and 0.4 < back[False] < 0.6
 
 
 def test_a_held_out_pair_is_trained_on_without_its_caption(tokenizer):

@@ -54,7 +54,7 @@ def test_every_question_of_the_corpus_is_answered_by_its_caption():
         if question.kind == "count":
             assert question.answer == ("one", "two", "three")[len(claim.things) - 1]
         if question.kind == "order":
-            ordered = corpus.reading_order(scene)
+            ordered = world.reading_order(scene.things)
             for a, b in zip(ordered, ordered[1:]):
                 i, j = scene.things.index(a), scene.things.index(b)
                 if abs(i - j) == 1:

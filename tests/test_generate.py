@@ -1,7 +1,8 @@
 """Claims about sampling (Sec. 3.1, read as a sampler), on random weights."""
 import torch
 
-from generate import Sampling, caption_log_likelihood, draw, draw_codes, guide, prefill, write_text
+from data import captioning, text_to_image
+from generate import Sampling, draw, draw_codes, guide, log_likelihood, prefill, write_text
 
 GREEDY = Sampling(cfg=1.0, temperature=0.0, top_k=0, top_p=1.0)
 CAPTIONS = [[3, 41, 7], [5, 6, 7, 8, 9, 10], [1]]
@@ -92,13 +93,15 @@ def test_text_goes_on_with_text_alone_until_its_end(mars):
 
 
 @torch.no_grad()
-def test_candidates_are_ranked_by_the_likelihood_of_their_caption(mars):
+def test_candidates_are_ranked_by_the_likelihood_of_their_caption_or_of_their_picture(mars):
     codes = torch.randint(0, 16, (2, 2, 2), generator=torch.Generator().manual_seed(0))
-    captions = [[1, 2, 3], [4, 5]]
-    found = caption_log_likelihood(mars, captions, codes, eos=0)
+    captions, v = [[1, 2, 3], [4, 5]], mars.vocabulary
+    written = log_likelihood(mars, [captioning(ids, picture, v, eos=0) for ids, picture in zip(captions, codes)])
+    drawn = log_likelihood(mars, [text_to_image(ids, picture, v) for ids, picture in zip(captions, codes)])
     for i, caption in enumerate(captions):
-        v = mars.vocabulary
-        tokens = [v.special("<img>"), *(v.text + codes[i].flatten()).tolist(), v.special("</img>"), *caption, 0]
-        log_p = mars(torch.tensor([tokens])).log_softmax(-1)[0]
-        expected = sum(log_p[t - 1, tokens[t]] for t in range(6, len(tokens)))
-        torch.testing.assert_close(found[i], expected)
+        picture = [v.special("<img>"), *(v.text + codes[i].flatten()).tolist(), v.special("</img>")]
+        for given, targets, found in ((picture, [*caption, 0], written), (caption, picture, drawn)):
+            tokens = given + targets
+            log_p = mars(torch.tensor([tokens])).log_softmax(-1)[0]
+            expected = sum(log_p[t - 1, tokens[t]] for t in range(len(given), len(tokens)))
+            torch.testing.assert_close(found[i], expected)

@@ -187,6 +187,10 @@ def test_a_flag_that_a_stage_does_not_use_is_refused_not_ignored(stage, flag, ca
     assert flag.split("=")[0] + " is for stage" in message and f"{stage} does not use it" in message
 
 
+def test_all_stages_in_a_row_refuse_a_stage_that_was_trained_before(capsys):
+    assert "--vqgan names an earlier stage" in refused(train.main, ["all", "--vqgan=x", "--out", "nowhere"], capsys)
+
+
 def test_bad_data_and_bad_folders_are_refused_by_name(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
