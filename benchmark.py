@@ -3,7 +3,8 @@
     python benchmark.py                       all of it on the CPU
     python benchmark.py --device cuda --width 4096 --heads 32 --layers 4
 
-Every figure is the median of runs that take turns with the baseline's, so that a busy machine slows both.
+Times are medians of runs that take turns with the baseline's, so that a busy machine slows both; the memory of the loss
+and the encoding are measured once.
 """
 import argparse
 import copy
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import one_line_errors, write_json
 from data import Codes, Encoding, World, collate, encode, stage1_rows
-from distributed import Ranks, Spread, check_device
+from distributed import Ranks, Spread, ready_device
 from generate import TINY, Sampling, draw_codes
 from mars import LOGITS, MARS, MARSConfig, cross_entropy_in_chunks
 from tokenizer import load_tokenizer
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("benchmark.py"):
-        args.device = torch.device(check_device(args.device))
+        args.device = torch.device(ready_device(args.device))
         config = MARSConfig(width=args.width, heads=args.heads, kv_heads=args.heads, layers=args.layers, context=512,
                             ffn_width=round(args.width * 2.6875 / 16) * 16, text_vocab=4096, codes=1024)
         rows = []

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 
 from world import (BACKGROUNDS, CHINESE, COLOURS, DETAILS, LANGUAGES, SHAPES, SIZES, TEXTURES, Scene, caption,
-                   reading_order, sample_scene)
+                   phrase, reading_order, sample_scene)
 
 NUMBERS = {"en": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
            "zh": ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十")}
@@ -41,13 +41,6 @@ class Question:
     answer: str
 
 
-def say(words: list[str], language: str) -> str:
-    """['large', 'striped', 'red', 'circle'] -> 'large striped red circle' or '大号条纹的红色圆形'."""
-    if language == "en":
-        return " ".join(words)
-    return "".join(CHINESE[word] + "的" * (word in TEXTURES) for word in words)
-
-
 def ask(scene: Scene, rng: random.Random, language: str, kind: str | None = None) -> Question:
     """A question about a scene that its fine caption answers; of the kind asked for, where the scene allows it."""
     thing = rng.choice(scene.things)
@@ -57,9 +50,9 @@ def ask(scene: Scene, rng: random.Random, language: str, kind: str | None = None
     kind = kind if kind in kinds else rng.choice(kinds)
     named, relation = [thing.colour, thing.shape], ""
     if kind == "colour":
-        named, answer = [thing.shape], say([thing.colour], language)
+        named, answer = [thing.shape], phrase([thing.colour], language)
     elif kind == "shape":
-        named, answer = [thing.colour], say([thing.shape], language)
+        named, answer = [thing.colour], phrase([thing.shape], language)
     elif kind == "count":
         answer = NUMBERS[language][len(scene.things) - 1]
     elif kind == "background":
@@ -68,12 +61,12 @@ def ask(scene: Scene, rng: random.Random, language: str, kind: str | None = None
         i = rng.randrange(len(scene.relations))
         found, thing = scene.things[i:i + 2]
         named, relation = [thing.colour, thing.shape], scene.relations[i]
-        answer = say([found.colour, found.shape], language)
+        answer = phrase([found.colour, found.shape], language)
     elif kind == "order":
-        answer = ", ".join(say([t.size, t.texture, t.colour, t.shape], language) for t in reading_order(scene.things))
+        answer = ", ".join(phrase([t.size, t.texture, t.colour, t.shape], language) for t in reading_order(scene.things))
     else:
-        answer = say([getattr(thing, kind)], language).removesuffix("的")
-    text = QUESTIONS[language][kind].format(say(named, language), r=ASKED[language].get(relation, ""))
+        answer = phrase([getattr(thing, kind)], language).removesuffix("的")
+    text = QUESTIONS[language][kind].format(phrase(named, language), r=ASKED[language].get(relation, ""))
     return Question(kind, text, answer)
 
 
@@ -101,7 +94,7 @@ def _phrases(rng: random.Random, count: int | None) -> str:
     """Names of things, said twice: again, or in the other language. The shortest text that makes a model look up."""
     scene = sample_scene(rng, "any", count)
     names = [[t.size, t.texture, t.colour, t.shape][rng.randrange(3):] for t in scene.things]
-    first, second = (", ".join(say(name, language) for name in names) for language in rng.choices(LANGUAGES, k=2))
+    first, second = (", ".join(phrase(name, language) for name in names) for language in rng.choices(LANGUAGES, k=2))
     return f"{first} = {second}"
 
 

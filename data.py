@@ -263,42 +263,6 @@ class World:
             return world.caption(scene, rng, rng.choice(self.languages), rng.choice(self.details), in_order=to_write)
 
 
-class RecipePictures:
-    """Sec. 4.6, in the rendered world: the pictures of all steps of `count` recipes as a source; recipe j is drawn
-    from `seed` and j alone."""
-
-    def __init__(self, count: int, seed: int):
-        self.recipes = [recipes.sample(random.Random(f"{seed}/recipe/{j}")) for j in range(count)]
-        self.places = [(j, k) for j, recipe in enumerate(self.recipes) for k in range(len(recipe.steps))]
-        self.name = f"pictures of {count} recipes, seed {seed}"
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def of(self, j: int) -> list[int]:
-        """The pictures of recipe j, in the order of its steps."""
-        first = bisect.bisect_left(self.places, (j, 0))
-        return list(range(first, first + len(self.recipes[j].steps)))
-
-    def title(self, i: int) -> str:
-        """What picture i is called."""
-        return "recipe {}, step {}".format(*self.places[i])
-
-    def image(self, i: int) -> Image.Image:
-        """Picture i, RGB."""
-        j, k = self.places[i]
-        return world.render(self.recipes[j].scenes[k])
-
-    def captions(self, i: int) -> list[str]:
-        """The step that picture i belongs to."""
-        j, k = self.places[i]
-        return [self.recipes[j].steps[k]]
-
-    def scores(self, i: int) -> dict[str, float]:
-        """What filters may ask of picture i: nothing."""
-        return {}
-
-
 class Listed:
     """What sources with a list of captions have in common: `records` of (title, texts), or (title, texts, scores)."""
 
@@ -328,6 +292,27 @@ class Listed:
         """One of picture i's captions, None where it has none; a picture of one's own has the same for both tasks."""
         texts = self.captions(i)
         return rng.choice(texts) if texts else None
+
+
+class RecipePictures(Listed):
+    """Sec. 4.6, in the rendered world: the pictures of all steps of `count` recipes as a source; recipe j is drawn
+    from `seed` and j alone."""
+
+    def __init__(self, count: int, seed: int):
+        self.recipes = [recipes.sample(random.Random(f"{seed}/recipe/{j}")) for j in range(count)]
+        self.places = [(j, k) for j, recipe in enumerate(self.recipes) for k in range(len(recipe.steps))]
+        super().__init__(f"pictures of {count} recipes, seed {seed}",
+                         [(f"recipe {j}, step {k}", [self.recipes[j].steps[k]], {}) for j, k in self.places])
+
+    def of(self, j: int) -> list[int]:
+        """The pictures of recipe j, in the order of its steps."""
+        first = bisect.bisect_left(self.places, (j, 0))
+        return list(range(first, first + len(self.recipes[j].steps)))
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i, RGB."""
+        j, k = self.places[i]
+        return world.render(self.recipes[j].scenes[k])
 
 
 def scores_of(record: dict, where: str) -> dict[str, float]:

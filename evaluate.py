@@ -20,7 +20,7 @@ import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
-from distributed import check_device
+from distributed import ready_device
 from generate import DETAIL, TINY, Painter, Sampling, write_text
 from mars import MARS, cross_entropy_in_chunks
 from recipes import agrees, claims, parse_steps
@@ -43,6 +43,17 @@ def counted(what: dict, marks: list[bool]) -> dict:
     right, n = sum(marks), len(marks)
     low, high = interval(right, n)
     return {**what, "right": right, "n": n, "share": right / n, "low": low, "high": high}
+
+
+def by_language(task: str, split: str, found: list[tuple[str, dict]], keys) -> list[dict]:
+    """(language, {key: marks}) of each prompt -> rows of each language, and of both together."""
+    rows = []
+    for language in (*world.LANGUAGES, "both"):
+        for key in keys:
+            marks = [mark for spoken, row in found if language in (spoken, "both") for mark in row.get(key, ())]
+            if marks:
+                rows.append(counted({"task": task, "split": split, "language": language, "what": key}, marks))
+    return rows
 
 
 def questions(split: str, n: int, seed: int, things: int | None = None,
@@ -81,21 +92,9 @@ def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int
             texts = [text for _, text, _ in asked[start:start + 50]]
             images += painter.paint(texts, sampling, seed + start, best_of=best_of, size=size)
         found = [(language, check(image, world.parse(text))) for image, (_, text, language) in zip(images, asked)]
-        for language in ("en", "zh", "both"):
-            for key in KEYS:
-                marks = [row[key] for spoken, row in found if language in (spoken, "both") and row[key] is not None]
-                if marks:
-                    rows.append(counted({"task": task, "split": name, "language": language, "what": key}, marks))
+        found = [(language, {key: [mark] for key, mark in row.items() if mark is not None}) for language, row in found]
+        rows += by_language(task, name, found, KEYS)
     return rows
-
-
-def true_of(claim: world.Claim, scene: world.Scene) -> bool:
-    """Whether all that a claim says holds in a scene, and it names every thing of it."""
-    fact = world.claim_of(scene)
-    agree = lambda said, true: all(getattr(said, key) in (None, getattr(true, key))
-                                   for key in ("colour", "shape", "texture", "size"))
-    return (len(claim.things) == len(fact.things) and all(map(agree, claim.things, fact.things))
-            and set(claim.relations) <= set(fact.relations) and claim.background in (None, fact.background))
 
 
 def reading(painter: Painter, n: int, seed: int, things: int | None, best_of: int = 1) -> list[dict]:
@@ -104,7 +103,7 @@ def reading(painter: Painter, n: int, seed: int, things: int | None, best_of: in
     task, marks = "captioning" if best_of == 1 else f"captioning, best of {best_of}", []
     for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes], best_of=best_of)):
         try:
-            marks.append(true_of(world.parse(text), scene))
+            marks.append(world.holds(world.parse(text), world.claim_of(scene)))
         except ValueError:                                       # the caption says nothing that can be read
             marks.append(False)
     return [counted({"task": task, "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
@@ -195,11 +194,7 @@ def recipes_report(painter: Painter, n: int, seed: int, sampling: Sampling) -> l
         asked = [sample_recipe(rng, split, world.LANGUAGES[i % 2]) for i in range(n)]
         pages = painter.draw_recipes([recipe.title for recipe in asked], sampling, seed)
         judged = [(recipe.language, judge_recipe(recipe.title, *page)) for recipe, page in zip(asked, pages)]
-        for language in ("en", "zh", "both"):
-            for key in RECIPE_KEYS:
-                marks = [mark for spoken, row in judged if language in (spoken, "both") for mark in row[key]]
-                if marks:
-                    rows.append(counted({"task": "recipes", "split": name, "language": language, "what": key}, marks))
+        rows += by_language("recipes", name, judged, RECIPE_KEYS)
     return rows
 
 
@@ -274,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("evaluate.py"):
-        painter = Painter.from_pretrained(args.weights, check_device(args.device))
+        painter = Painter.from_pretrained(args.weights, ready_device(args.device))
         cascade = args.weights / "stage3"
         upscaler = Painter.from_pretrained(cascade, args.device) if (cascade / "config.json").is_file() else None
         sampling = Sampling(cfg=args.cfg, temperature=args.temperature)

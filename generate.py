@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoint import codec_folder, one_line_errors, write_beside
 from data import (Sequence, captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture,
                   prompt, save_image, size_text, text_to_image, title_text, to_pixels)
-from distributed import check_device
+from distributed import ready_device
 from mars import MARS
 from recipes import markdown, parse_steps
 from tokenizer import QwenTokenizer, Tokenizer, Vocabulary, load_tokenizer
@@ -41,7 +41,7 @@ class Sampling:
     heads: int = 0                # of a model of K heads, how many draw in one pass; 0: all K
 
 
-DETAIL = Sampling(cfg=1.0, temperature=0.0)      # Stage III adds what is certain, not what is new
+DETAIL = Sampling(cfg=1.0, temperature=0.0, heads=1)         # Stage III adds what is certain, not what is new
 
 
 # ----------------------------------------------------------------------------- drawing one token
@@ -384,14 +384,10 @@ class Painter:
         """The trained size that crops an image least."""
         return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0] / (image.width / image.height))))
 
-    def restore(self, images, batch: int = 64):
+    def restore(self, images):
         """Sec. 3.3, Tokenization: RGB images -> what is left of them after the codec."""
-        restored = []
-        with torch.no_grad():
-            for start in range(0, len(images), batch):
-                for codes in encode_each(self.vqgan, [to_pixels(image) for image in images[start:start + batch]]):
-                    restored += decode_each(self.vqgan, codes[None])
-        return restored
+        codes = encode_each(self.vqgan, [to_pixels(image) for image in images])
+        return [decode_each(self.vqgan, picture[None])[0] for picture in codes]
 
     def describe(self, images, max_tokens: int = 96, batch: int = 64, best_of: int = 1, seed: int = 0) -> list[str]:
         """Sec. 3.4, captioning: RGB images -> captions, the likeliest word at each step.
@@ -453,7 +449,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Stage III: make the drawn picture larger; or this one, which shows --prompt TEXT")
     parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
     parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
-    parser.add_argument("--heads", type=int, default=0, metavar="K", help="Eq. 2: codes a pass; 0: all heads")
+    parser.add_argument("--heads", type=int, default=1, metavar="K", help="Eq. 2: codes a pass; 0: all heads")
     parser.add_argument("--recipe", metavar="TITLE", help="Sec. 4.6: write the steps and draw a picture for each")
     parser.add_argument("-o", "--out", help="PNG to write, several pictures as one grid; with --recipe Markdown")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
@@ -498,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("generate.py"):
-        device, detail = check_device(args.device), dataclasses.replace(DETAIL, heads=args.heads)
+        device, detail = ready_device(args.device), dataclasses.replace(DETAIL, heads=args.heads)
         if args.caption:
             image = open_picture(args.caption)
             painter = Painter.from_pretrained(args.weights, device)

@@ -155,6 +155,11 @@ class MARS(nn.Module):
             return l_t.float()
         return torch.cat((l_t, self.vision_head(hidden)), dim=-1).float()
 
+    def _fixed_logits(self, hidden: Tensor) -> Tensor:
+        """`logits` that train what comes before them, and no row of the two heads."""
+        text = self.text_embedding if self.text_head is None else self.text_head
+        return F.linear(hidden, torch.cat((text.weight, self.vision_head.weight)).detach()).float()
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V_t + V_v), float32."""
         return self.logits(self.hidden(tokens, cache))
@@ -167,25 +172,27 @@ class MARS(nn.Module):
         """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks.
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
-        elsewhere. With no head in `heads_this_step`, Eq. 1 of head 1. chunk: rows whose logits exist at a time; None:
-        as many as make LOGITS. Memory does not grow with K: each head's work is dropped and done again in the backward
-        pass.
+        elsewhere. With `heads_this_step` (ours), the mean over head 1 and those, which learn to read the trunk and do
+        not shape it; with none there, Eq. 1. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
+        Memory does not grow with K: each head's work is dropped and done again in the backward pass.
         """
         hidden = self.hidden(tokens)                                                   # (B, T, D)
         chunk = chunk or max(1, LOGITS // self.vocabulary.size)
         targets = is_target[:, 1:]
         loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
         in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
-        chosen = range(2, self.config.ahead + 1) if self.heads_this_step is None else self.heads_this_step
-        for k in chosen:                                               # some at random: the same loss in expectation
+        chosen, trunk, logits = range(2, self.config.ahead + 1), hidden, self.logits
+        if self.heads_this_step is not None:
+            chosen, trunk, logits = self.heads_this_step, hidden.detach(), self._fixed_logits
+        for k in chosen:
             asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
             of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
-                rows, ids, lambda part: self.logits(self.ahead(part, k)), chunk),
-                hidden[:, :-k][asked], tokens[:, k:][asked], use_reentrant=False)
-            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1)) * (later / len(chosen))
+                rows, ids, lambda part: logits(self.ahead(part, k)), chunk),
+                trunk[:, :-k][asked], tokens[:, k:][asked], use_reentrant=False)
+            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1))
         if len(chosen) < later:                                        # all take part, or DDP would wait for them
             loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
-        return loss / self.config.ahead if chosen else loss
+        return loss / (1 + len(chosen))
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""

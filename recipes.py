@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from urllib.parse import quote
 
-from world import CHINESE, GROUNDS, INVERSE, LANGUAGES, RELATIONS, Claim, Scene, phrase, parse, sample_scene
+from world import GROUNDS, INVERSE, LANGUAGES, RELATIONS, Claim, Scene, holds, parse, phrase, sample_scene
 
 OPENINGS = {"en": ("how to draw ", "steps to draw "), "zh": ("怎样画", "如何画")}
 # As in world.TEMPLATES. A title names X, Y and Z in the order in which they are drawn, so that it settles the steps.
@@ -64,7 +64,7 @@ def _title(scene, rng, language):
         words[other] = rng.choice(RELATIONS[language][INVERSE[relation]])
     text = rng.choice(TITLES[language][len(scene.things)]).format(**words)
     if rng.random() < 0.1:
-        text = GROUNDS[language][0].format(text, g=_word(scene.background, language))
+        text = GROUNDS[language][0].format(text, g=phrase([scene.background], language))
     return rng.choice(OPENINGS[language]) + text
 
 
@@ -72,16 +72,12 @@ def _step(scene, language):
     """The step that draws the last thing of a scene."""
     thing = scene.things[-1]
     words = {"X": phrase([thing.size, thing.texture, thing.colour, thing.shape], language, "a"),
-             "g": _word(scene.background, language)}
+             "g": phrase([scene.background], language)}
     if scene.relations:
         before = scene.things[-2]
         words["w"] = phrase([before.colour, before.shape], language, "the")
         words["r"] = RELATIONS[language][INVERSE[scene.relations[-1]]][0]
     return STEPS[language][len(scene.things) > 1].format(**words)
-
-
-def _word(word, language):
-    return word if language == "en" else CHINESE[word]
 
 
 def text_of(recipe: DrawingRecipe) -> str:
@@ -140,12 +136,7 @@ def agrees(title: str, steps: tuple[str, ...]) -> bool:
     asked, done = " ".join(title.lower().split()), claims(steps)[-1]
     for opening in (*OPENINGS["en"], *OPENINGS["zh"]):
         asked = asked.removeprefix(opening)
-    asked = _read(asked, f"title {title!r}")
-    same = lambda said, is_so: said in (None, is_so)
-    return (len(asked.things) == len(done.things) and same(asked.background, done.background)
-            and all((a.colour, a.shape) == (b.colour, b.shape) and same(a.texture, b.texture) and same(a.size, b.size)
-                    for a, b in zip(asked.things, done.things))  # both sorted by colour and shape
-            and set(asked.relations) <= set(done.relations))
+    return holds(_read(asked, f"title {title!r}"), done)
 
 
 def _read(text, what):

@@ -59,8 +59,8 @@ class Preset:
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
-    heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains; None: all
-    alone: float = 0.0            # share of Stage III's steps that train head 1 alone, before all; ours
+    heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains apart; None: all, Eq. 2
+    alone: float = 0.0            # share of Stage III's steps that train head 1 alone, before those; ours
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
 
@@ -326,7 +326,7 @@ class Stage2(Stage1):
         args, preset = self.args, self.preset
         self.source = self.open(preset.aspects)
         how = Encoding(self.vqgan.config.resolution, keep_aspect=True, skip_bad=args.skip_bad)
-        self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
+        self.low = self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
         self.sort(self.codes)
 
     def open(self, frames, **settings):
@@ -347,8 +347,8 @@ class Stage2(Stage1):
         return self.buckets[size]
 
     def size_ids(self, row) -> list[int]:
-        """The resolution in the caption."""
-        h, w = self.codes[row.index].shape
+        """The resolution in the caption; in Stage III the large picture's, by way of the small one's."""
+        h, w = self.low[row.index].shape
         return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
 
 
@@ -393,14 +393,9 @@ class Stage3(Stage2):
         return stage3_rows(self.source, self.low, self.indices(step, rng), self.recipe.batch, rng, self.args.corruption,
                            self.vqgan.config.num_embeddings)
 
-    def size_ids(self, row) -> list[int]:
-        """The resolution in the caption: the large picture's, by way of the small one's."""
-        h, w = self.low[row.index].shape
-        return self.painter.size_ids(h * self.vqgan.factor, w * self.vqgan.factor)
-
     def sample(self, path: Path) -> dict:
         """Makes up to sixteen training pictures larger -> how near they come to what they should be, beside bicubic
-        scaling; writes eight: bicubic, ours, as they should be."""
+        scaling, by one code a pass and by K; writes eight: bicubic, ours, as they should be."""
         ranks = self.args.ranks
         captioned = (i for i in self.codes.whole if self.source.caption(i, random.Random(0)))
         some = list(itertools.islice(captioned, 16 * ranks.count))
@@ -412,14 +407,16 @@ class Stage3(Stage2):
         how = dataclasses.replace(how, long_side=self.preset.long_side)
         large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
         texts = [self.source.caption(i, random.Random(0)) for i in some]
-        alone = dataclasses.replace(DETAIL, heads=1) if self.model.heads_this_step == [] else DETAIL
+        heads = sorted({1, self.model.config.ahead if self.model.heads_this_step != [] else 1})
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            ours = ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts), alone))
+            ours = {k: ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts),
+                                                           dataclasses.replace(DETAIL, heads=k))) for k in heads}
         plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
         if ranks.is_first:
             columns = min(8, len(some))
-            save_image(grid([*plain[:columns], *ours[:columns], *large[:columns]], columns), path.with_suffix(".png"))
-        return {"psnr": psnr(ours, large), "psnr_bicubic": psnr(plain, large)}
+            shown = [*plain[:columns], *(image for images in ours.values() for image in images[:columns])]
+            save_image(grid([*shown, *large[:columns]], columns), path.with_suffix(".png"))
+        return {f"psnr_{k}": psnr(images, large) for k, images in ours.items()} | {"psnr_bicubic": psnr(plain, large)}
 
 
 class Joint(Stage2):
@@ -478,7 +475,7 @@ def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool, trains
     Sharded, all weights are float32 and every GPU holds its part of them, of the gradients and of AdamW's moments.
     """
     frozen, trained = count_parameters(config)
-    if trains_language:
+    if trains_language or not config.visual_experts:
         frozen, trained = 0, frozen + trained
     ddp, sharded = 2 * frozen + 16 * trained, (4 * frozen + 16 * trained) / gpus
     need, way = (sharded, "--shard") if shard else (ddp, "DDP")

@@ -22,7 +22,7 @@ import world
 from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import save_image, to_pixels
-from distributed import check_device
+from distributed import ready_device
 from evaluate import CELL, perplexity, questions
 from generate import TINY, Painter, Sampling
 from vqgan import VQGAN
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("tables.py"):
-        device = check_device(args.device)
+        device = ready_device(args.device)
         if args.what == "export":
             captions = [line.strip() for line in args.captions.read_text().splitlines() if line.strip()]
             count = export(Painter.from_pretrained(args.weights, device), captions, args.out, args.each, args.seeds[0])

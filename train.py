@@ -224,8 +224,8 @@ PRESETS = {
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
-        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(4500, 8, 1.5e-3)},
-        pictures=12_000, ahead=16, heads_a_step=2, alone=0.7),
+        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 8, 1.5e-3)},
+        pictures=12_000, ahead=16, heads_a_step=4, alone=0.7),
     "nano": Preset(
         language=small(128, 4, 4),
         codec=VQGANConfig(**CELLS, resolution=64, num_embeddings=2304, quantized_embed_dim=96),
@@ -323,11 +323,12 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             for stage in STAGES:
                 if stage in preset.recipes:
-                    before = {"stage2": "stage1", "stage3": "stage2", "joint": "stage1"}.get(stage)
-                    init = args.out / before if before in preset.recipes else args.init
+                    out = args.out / stage
+                    before = [name for name in ("stage2", "stage1") if name in preset.recipes and name != stage]
                     run_stage(argparse.Namespace(**{
-                        **vars(args), "stage": stage, "out": args.out / stage, "vqgan": args.out / "vqgan",
-                        "language": args.out / "text", "init": init}), preset)
+                        **vars(args), "stage": stage, "out": out, "vqgan": args.out / "vqgan",
+                        "language": args.out / "text", "resume": args.resume and any(out.glob("checkpoint-*.pt")),
+                        "init": args.out / before[0] if before else args.init}), preset)
         stop()
 
 

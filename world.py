@@ -301,13 +301,14 @@ def caption(scene: Scene, rng: random.Random, language: str, detail: str, in_ord
     return text
 
 
-def phrase(words: list[str], language: str, article: str) -> str:
-    """What a thing is called: ['large', 'striped', 'red', 'circle'] -> 'a large striped red circle' or '大号条纹的红色圆形'."""
+def phrase(words: list[str], language: str, article: str = "") -> str:
+    """What a thing is called: ['large', 'striped', 'red', 'circle'] -> 'a large striped red circle', without an article
+    'large striped red circle', or '大号条纹的红色圆形'."""
     if language == "zh":
         return "".join(CHINESE[word] + "的" * (word in TEXTURES) for word in words)
     if article == "a" and words[0][0] in "aeiou":
         article = "an"
-    return " ".join((article, *words))
+    return " ".join([article, *words] if article else words)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -318,6 +319,13 @@ def _claim(things, relations, background):
     rank = {old: new for new, old in enumerate(order)}
     told = {(rank[i], r, rank[j]) if rank[i] < rank[j] else (rank[j], INVERSE[r], rank[i]) for i, r, j in relations}
     return Claim(tuple(things[i] for i in order), tuple(sorted(told)), background)
+
+
+def holds(said: Claim, fact: Claim) -> bool:
+    """Whether all that is said is so, and every thing that there is was named."""
+    agree = lambda a, b: all(getattr(a, key) in (None, getattr(b, key)) for key in ("colour", "shape", "texture", "size"))
+    return (len(said.things) == len(fact.things) and all(map(agree, said.things, fact.things))
+            and set(said.relations) <= set(fact.relations) and said.background in (None, fact.background))
 
 
 def claim_of(scene: Scene) -> Claim:

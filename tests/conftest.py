@@ -3,8 +3,10 @@ import pytest
 import torch
 
 import stages
+from distributed import ready_device
 from mars import MARS, MARSConfig
 
+ready_device("cpu")                # as every program does first
 stages.SAMPLES = 16               # enough to try the way; a run draws 64
 SMALL = MARSConfig(width=32, heads=4, kv_heads=2, ffn_width=48, layers=2, context=64, text_vocab=42)
 

@@ -1,6 +1,7 @@
 """Claims about several processes: the same run, spread (Sec. 4.1)."""
 import dataclasses
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -119,6 +120,20 @@ def test_torchrun_starts_a_dead_run_again_and_it_ends_in_the_same_bytes(tmp_path
     output = torchrun(tmp_path, 1, *common, "--out", tmp_path / "dying", more=("--max-restarts", "1"), patch=DYING)
     assert output.count("of them train") == 2                                  # it was started twice
     assert weights(tmp_path / "dying") == weights(tmp_path / "whole")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has to be told")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """The kernel hands out (and clears) the pages of a tensor of 120 MB once or twice, not twenty times."""
+    program = ("import resource, sys, torch, distributed\n"
+               "if sys.argv[1] == 'keep': distributed.ready_device('cpu')\n"
+               "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+               "before = faults()\n"
+               "for _ in range(20): torch.ones(30_000_000)\n"
+               "print(faults() - before)")
+    kept, returned = (int(subprocess.run([sys.executable, "-c", program, word], cwd=ROOT, capture_output=True, text=True,
+                                         check=True).stdout) for word in ("keep", "return"))
+    assert kept < returned / 4 or returned < 1000                # less than a thousand: huge pages
 
 
 def test_rows_go_round_the_ranks_and_come_back_in_order():

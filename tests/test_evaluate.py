@@ -5,7 +5,7 @@ import pytest
 
 import corpus
 import world
-from evaluate import accuracy, counted, interval, questions, true_of
+from evaluate import accuracy, counted, interval, questions
 
 
 def test_interval_is_wilsons():
@@ -21,7 +21,7 @@ def test_questions_are_half_chinese_and_of_their_split():
         for scene, text, language in asked:
             pairs = [(t.colour, t.shape) for t in scene.things]
             assert world.split_of(pairs) == split
-            assert true_of(world.parse(text), scene)
+            assert world.holds(world.parse(text), world.claim_of(scene))
     assert questions("train", 5, seed=3) == questions("train", 5, seed=3) != questions("train", 5, seed=4)
 
 
@@ -35,11 +35,12 @@ def test_true_renders_are_all_right_and_renders_of_other_scenes_are_not():
 def test_a_caption_that_errs_in_one_word_or_leaves_a_thing_out_is_not_exact():
     scene = world.Scene((world.Thing("red", "circle", "solid", "small", 0, 0),
                          world.Thing("blue", "square", "dotted", "large", 4, 0)), "white", ("above",))
-    assert true_of(world.parse("a red circle above a blue square"), scene)
-    assert true_of(world.parse("a large dotted blue square below a red circle on a white background"), scene)
+    fact = world.claim_of(scene)
+    assert world.holds(world.parse("a red circle above a blue square"), fact)
+    assert world.holds(world.parse("a large dotted blue square below a red circle on a white background"), fact)
     for wrong in ("a red circle below a blue square", "a red circle", "a red star above a blue square",
                   "a large red circle above a blue square", "a red circle above a blue square on a black background"):
-        assert not true_of(world.parse(wrong), scene)
+        assert not world.holds(world.parse(wrong), fact)
 
 
 def test_every_question_of_the_corpus_is_answered_by_its_caption():

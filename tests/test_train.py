@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import os
 import signal
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_one_command_goes_from_nothing_to_pictures_and_leaves_the_language_as_it
     painter = Painter.from_pretrained(tmp_path / "stage1")
     assert painter.paint(["a red circle"], Sampling(), seed=0)[0].size == (96, 96)
     assert isinstance(painter.describe(painter.paint(["a red circle"]))[0], str)
+
+    written = weights(tmp_path)                                  # killed between stages, it goes on where it was
+    shutil.rmtree(tmp_path / "stage1")
+    for path in (tmp_path / "vqgan").glob("checkpoint-*.pt"):
+        path.unlink()
+    run("all", "--preset", "test", "--out", tmp_path, "--sample-every", 3, "--save-every", 3, "--resume")
+    assert weights(tmp_path) == written
 
 
 def test_curves_are_the_smoothed_loss_and_all_that_was_measured(tmp_path):
