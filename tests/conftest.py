@@ -1,4 +1,8 @@
 """Models small enough to build in a test."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # small models; threads that wait for each other spin
+
 import pytest
 import torch
 

@@ -101,7 +101,8 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_their_checkpoint_i
     same_run(tmp_path / "two", expected, expected.parent / "start")
 
 
-@pytest.mark.parametrize("stage", ["vqgan", pytest.param("stage3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vqgan", "stage3"])
 def test_two_processes_train_the_codec_and_the_cascade_as_one_does(tmp_path, one, stage):
     common = [stage, "--preset", "test", *(["--init", one[1]] if stage == "stage3" else [])]
     threads = torch.get_num_threads()
