@@ -21,7 +21,7 @@ from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
 from distributed import ready_device
-from generate import DETAIL, TINY, Painter, Sampling, write_text
+from generate import CAPTIONS, DETAIL, TINY, Painter, Sampling, write_text
 from mars import MARS, cross_entropy_in_chunks
 from recipes import agrees, claims, parse_steps
 from recipes import sample as sample_recipe
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)
         for size in painter.sizes[1:]:
             rows += drawing(painter, args.prompts, args.seed, sampling, args.things, size=size, splits=["seen pairs"])
-        for best_of in (1, 8):                                       # likeliest words; and as generate.py --caption
+        for best_of in (1, CAPTIONS):                                # the likeliest words; and as generate.py captions
             rows += reading(painter, args.prompts, args.seed, args.things, best_of)
         rows += restoring(painter, 500, args.seed, args.things)
         share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)

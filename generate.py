@@ -42,6 +42,7 @@ class Sampling:
 
 
 DETAIL = Sampling(cfg=1.0, temperature=0.0, heads=1)         # Stage III adds what is certain, not what is new
+CAPTIONS = 8                                                 # written for --caption, of which the best is kept
 
 
 # ----------------------------------------------------------------------------- drawing one token
@@ -449,7 +450,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Stage III: make the drawn picture larger; or this one, which shows --prompt TEXT")
     parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
     parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
-    parser.add_argument("--heads", type=int, default=1, metavar="K", help="Eq. 2: codes a pass; 0: all heads")
+    parser.add_argument("--heads", type=int, metavar="K", help="Eq. 2: codes a pass, 0: of all heads; default: 0, to upscale 1")
     parser.add_argument("--recipe", metavar="TITLE", help="Sec. 4.6: write the steps and draw a picture for each")
     parser.add_argument("-o", "--out", help="PNG to write, several pictures as one grid; with --recipe Markdown")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
@@ -460,7 +461,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
     parser.add_argument("--best-of", type=int, metavar="N", help="draw N for each, keep the one that the prompt "
-                        "describes best; or of N captions the one that the picture shows best; default: 1, captions 8")
+                        f"describes best; of captions the one that the picture shows best; default: 1, captions {CAPTIONS}")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", metavar="DIR",
@@ -471,7 +472,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given, is_recipe = isinstance(args.upscale, str), args.recipe is not None
     if bool(args.prompt) + bool(args.caption) + given + is_recipe != 1:
         parser.error("expected a prompt, --caption IMAGE, --upscale IMAGE --prompt TEXT or --recipe TITLE, one of them")
-    args.best_of = (8 if args.caption else 1) if args.best_of is None else args.best_of
+    args.best_of = (CAPTIONS if args.caption else 1) if args.best_of is None else args.best_of
+    args.detail = DETAIL if args.heads is None else dataclasses.replace(DETAIL, heads=args.heads)
+    args.heads = args.heads or 0
     args.weights = args.weights or (TINY / "joint" if is_recipe else TINY)
     args.out = args.out or ("out.md" if is_recipe else "out.png")
     if is_recipe and Path(args.out).suffix != ".md":
@@ -494,7 +497,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: one clear line and exit code 2 for bad input."""
     args = parse_arguments(arguments)
     with one_line_errors("generate.py"):
-        device, detail = ready_device(args.device), dataclasses.replace(DETAIL, heads=args.heads)
+        device = ready_device(args.device)
         if args.caption:
             image = open_picture(args.caption)
             painter = Painter.from_pretrained(args.weights, device)
@@ -508,7 +511,7 @@ def main(arguments: list[str] | None = None) -> None:
             if width * image.height != height * image.width:
                 print(f"generate.py: {args.upscale} is cropped to {width} x {height}, of the sizes that these weights "
                       "enlarge the nearest", file=sys.stderr)
-            save_image(upscaler.upscale([image], [args.shows], detail, args.seed)[0], args.out)
+            save_image(upscaler.upscale([image], [args.shows], args.detail, args.seed)[0], args.out)
             print(f"wrote {args.out}")
             return
         painter = Painter.from_pretrained(args.weights, device)
@@ -527,7 +530,7 @@ def main(arguments: list[str] | None = None) -> None:
                              + ", ".join(f"{h}x{w}" for h, w in upscaler.sizes))
         images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=size)
         if args.upscale:
-            images = upscaler.upscale(images, prompts, detail, args.seed)
+            images = upscaler.upscale(images, prompts, args.detail, args.seed)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 

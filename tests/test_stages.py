@@ -246,8 +246,7 @@ def test_head_1_and_some_heads_a_step_are_averaged_and_none_is_left_without_grad
     model.heads_this_step = []
     (model.loss(tokens, is_target) / 2).backward()              # heads apart leave the trunk to head 1
     for grad, alone in zip(shaped, [parameter.grad for parameter in trunk if parameter.grad is not None]):
-        torch.testing.assert_close(grad, alone)
-    model.heads_this_step = []                                  # head 1 alone: Eq. 1
+        torch.testing.assert_close(grad, alone)                 # and with no head asked, Eq. 1
     assert model.loss(tokens, is_target).item() == pytest.approx(mars_loss, rel=1e-6)
 
 
