@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import qwen
@@ -53,17 +54,18 @@ class MARSConfig(SemVIEConfig):
 LOGITS = 2 ** 28                      # most logits at a time, 1 GB in float32: 1,676 rows of Qwen-7B's vocabulary
 
 
-def cross_entropy_in_chunks(hidden: Tensor, targets: Tensor, logits_of, chunk: int) -> Tensor:
-    """Eq. 1, mean over the N rows of hidden (N, D) and targets (N,), `chunk` rows at a time.
+def cross_entropy_in_chunks(hidden: Tensor, targets: Tensor, logits_of, chunk: int, *more: Tensor) -> Tensor:
+    """Eq. 1, mean over the N rows of hidden (N, D) and targets (N,), `chunk` rows at a time. more: further tensors
+    (N, ...) that `logits_of` takes.
 
     The (N, V_t + V_v) logits never exist whole: each chunk's are dropped and computed again in the backward pass.
     """
-    def total(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(rows), targets, reduction="sum")
+    def total(targets: Tensor, *rows: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(*rows), targets, reduction="sum")
     if len(hidden) <= chunk:                                          # one chunk: nothing to drop
-        return total(hidden, targets) / max(len(hidden), 1)
-    parts = [checkpoint(total, rows, ids, use_reentrant=False)
-             for rows, ids in zip(hidden.split(chunk), targets.split(chunk))]
+        return total(targets, hidden, *more) / max(len(hidden), 1)
+    parts = [checkpoint(total, *rows, use_reentrant=False)
+             for rows in zip(*(tensor.split(chunk) for tensor in (targets, hidden, *more)))]
     return torch.stack(parts).sum() / len(hidden)
 
 
@@ -79,6 +81,28 @@ class Ahead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.ffn(self.norm(hidden))                                    # (..., D)
+
+
+VISUAL_TABLES = "visual_embedding", "vision_head"            # what has a row for each visual token, (V_v, D)
+
+
+class SharedRows(nn.Module):
+    """Not in the paper: a visual table in training, `table + places @ shared`: codes that look alike learn together.
+
+    A row is a target some dozen times in a small run; what moves `shared` is learned once for all red codes, for all
+    circles, and also for the red circle that no caption names. It starts at zero, so the rows start as they are, and
+    `MARS.folded` adds the two up when weights are written: what draws knows nothing of it.
+    """
+
+    def __init__(self, table: Tensor, places: Tensor):
+        super().__init__()
+        self.register_buffer("places", places.to(table), persistent=False)             # (codes, d)
+        self.shared = nn.Parameter(table.new_zeros(places.shape[1], table.shape[1]))   # (d, D)
+
+    def forward(self, table: Tensor) -> Tensor:
+        """table (V_v, D) -> rows (V_v, D); those of special tokens and padding as they are."""
+        shared = self.places.to(self.shared) @ self.shared
+        return table + F.pad(shared, (0, 0, 0, len(table) - len(shared)))
 
 
 # ----------------------------------------------------------------------------- Sec. 3.2, 3.3: the model
@@ -100,6 +124,7 @@ class MARS(nn.Module):
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
         self.heads_this_step: list[int] | None = None                 # of heads 2 to K, those the loss asks; None: all
+        self.uncaptioned: Tensor | None = None                        # (codes,) bool: that no captioned picture shows
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -177,22 +202,35 @@ class MARS(nn.Module):
         Memory does not grow with K: each head's work is dropped and done again in the backward pass.
         """
         hidden = self.hidden(tokens)                                                   # (B, T, D)
-        chunk = chunk or max(1, LOGITS // self.vocabulary.size)
+        chunk, uncond = chunk or max(1, LOGITS // self.vocabulary.size), self.vocabulary.special("<uncond>")
+        has_caption = (tokens != uncond).all(1, keepdim=True).expand_as(tokens)        # (B, T)
+
+        def of_head(k: int, trunk: Tensor, asked: Tensor, logits) -> Tensor:
+            candidates = lambda rows, captioned: self._without_uncaptioned(logits(self.ahead(rows, k)), captioned)
+            return cross_entropy_in_chunks(trunk[:, :-k][asked], tokens[:, k:][asked], candidates, chunk,
+                                           has_caption[:, k:][asked])
         targets = is_target[:, 1:]
-        loss = cross_entropy_in_chunks(hidden[:, :-1][targets], tokens[:, 1:][targets], self.logits, chunk)
+        loss = of_head(1, hidden, targets, self.logits)
         in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
         chosen, trunk, logits = range(2, self.config.ahead + 1), hidden, self.logits
         if self.heads_this_step is not None:
             chosen, trunk, logits = self.heads_this_step, hidden.detach(), self._fixed_logits
         for k in chosen:
             asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
-            of_head = checkpoint(lambda rows, ids, k=k: cross_entropy_in_chunks(
-                rows, ids, lambda part: logits(self.ahead(part, k)), chunk),
-                trunk[:, :-k][asked], tokens[:, k:][asked], use_reentrant=False)
-            loss = loss + of_head * (asked.sum() / targets.sum().clamp(min=1))
+            part = checkpoint(of_head, k, trunk, asked, logits, use_reentrant=False)
+            loss = loss + part * (asked.sum() / targets.sum().clamp(min=1))
         if len(chosen) < later:                                        # all take part, or DDP would wait for them
             loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
         return loss / (1 + len(chosen))
+
+    def _without_uncaptioned(self, logits: Tensor, captioned: Tensor) -> Tensor:
+        """Not in the paper: where there is a caption, `captioned` (N,), codes that no captioned picture shows are no
+        candidates in training: logits (N, V). Else the model learns that captions never mean them, whatever they say."""
+        if self.uncaptioned is None:
+            return logits
+        missing = F.pad(self.uncaptioned.to(logits.device), (self.vocabulary.text, 0))
+        missing = F.pad(missing, (0, logits.shape[-1] - len(missing)))                 # (V,)
+        return logits.masked_fill(captioned[:, None] & missing, -torch.inf)
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""
@@ -208,6 +246,25 @@ class MARS(nn.Module):
         """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_visual(name) or not self.config.visual_experts)
+
+    def share_rows(self, codebook: Tensor) -> None:
+        """Not in the paper: while training, rows of codes that lie close in the codebook (codes, d) learn together,
+        see `SharedRows`. The outputs stay as they are."""
+        for table in (self.visual_embedding, self.vision_head):
+            parametrize.register_parametrization(table, "weight", SharedRows(table.weight.detach(), places_of(codebook)))
+
+    def folded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Not in the paper: the tensors `state` of this model, with shared rows added to the tables; names and shapes
+        are those of a model that shares none."""
+        state = dict(state)
+        for name in VISUAL_TABLES:
+            owner = getattr(self, name)                           # None: a language model
+            if parametrize.is_parametrized(owner):
+                shared, = owner.parametrizations.weight
+                table = state.pop(f"{name}.parametrizations.weight.original")
+                rows = shared.places.to(table) @ state.pop(f"{name}.parametrizations.weight.0.shared")
+                state[f"{name}.weight"] = table + F.pad(rows, (0, 0, 0, len(table) - len(rows)))
+        return state
 
     # ------------------------------------------------------------------------- initialisation
 
@@ -256,7 +313,7 @@ class MARS(nn.Module):
         codebook: (codes, d) of another codec, as for the small sizes: the rows of its codes start anew.
         """
         codes = earlier.config.codes if codebook is None else len(codebook)
-        rows = ("visual_embedding.weight", "vision_head.weight")
+        rows = [f"{name}.weight" for name in VISUAL_TABLES]
         with torch.device("meta"):
             model = cls(dataclasses.replace(earlier.config, codes=codes, ahead=ahead))
         for name, tensor in earlier.state_dict().items():
@@ -331,20 +388,27 @@ class MARS(nn.Module):
 
     def save_pretrained(self, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`, beside and renamed. state: gathered, where ranks share it."""
-        save_folder(directory, self, state)
+        save_folder(directory, self, self.folded(self.state_dict()) if state is None else state)
+
+
+def places_of(codebook: Tensor) -> Tensor:
+    """Not in the paper: where each code of a codebook (codes, d) lies among the others -> (codes, d), rows of length 1.
+
+    By principal components, the large ones held down to the square root of their spread, or colour drowns texture.
+    """
+    centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
+    components, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    return F.normalize(components * spread.sqrt(), dim=1)
 
 
 def look_alike(codebook: Tensor, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
     """Not in the paper: (rows, width) of variance 1, in which codes that look alike lie close together.
 
     Rows that start equal have to be told apart one by one; so started, what is learned of one red code holds for all
-    red ones, and a small model binds colours in hundreds of steps, not thousands. A code's place is its entry of the
-    codebook (codes, d) by principal components, the large ones held down to the square root of their spread (or
-    colour drowns texture), turned to `width` numbers at random. Special tokens and padding lie anywhere.
+    red ones, and a small model binds colours in hundreds of steps, not thousands. Rows are the codes' `places_of`
+    turned to `width` numbers at random. Special tokens and padding lie anywhere.
     """
-    components, spread, _ = torch.linalg.svd(codebook.float().cpu() - codebook.float().cpu().mean(0),
-                                             full_matrices=False)
-    places = F.normalize(components * spread.sqrt(), dim=1)                                # (codes, d)
+    places = places_of(codebook)
     apart = torch.randn(rows, width, generator=generator)
     apart[:len(places)] = places @ torch.randn(places.shape[1], width, generator=generator)
     return apart

@@ -62,7 +62,7 @@ class Preset:
     heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains apart; None: all, Eq. 2
     alone: float = 0.0            # share of Stage III's steps that train head 1 alone, before those; ours
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
-    codebook_start: bool = True   # visual rows start where the codebook puts them, see mars.look_alike
+    look_alike: bool = True       # visual rows start where the codebook puts them, and learn together; ours
 
 
 # ----------------------------------------------------------------------------- the stages
@@ -155,7 +155,7 @@ class NextToken:
 
     def state(self) -> dict:
         """The whole model's tensors, gathered from all ranks."""
-        return whole_state(self.model)["model"]
+        return self.model.folded(whole_state(self.model)["model"])
 
 
 class TextStage(NextToken):
@@ -214,6 +214,8 @@ class Stage1(NextToken):
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
         self.start()
+        if preset.look_alike:
+            self.model.share_rows(self.vqgan.quantize.embedding.weight)
         if args.ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(args.ranks.device).total_memory
             forecast = check_memory(self.model.config, args.ranks.count, memory, args.shard, self.trains_language)
@@ -221,6 +223,8 @@ class Stage1(NextToken):
                 print(forecast)
         self.dtype = self.model.text_embedding.weight.dtype
         self.read()
+        missing = self.uncaptioned()
+        self.model.uncaptioned = missing if missing.any() else None
         if not self.trains_language:
             self.model.freeze_language()
         self.spread()
@@ -234,7 +238,7 @@ class Stage1(NextToken):
         self.model = MARS.from_language_model(
             MARS.from_pretrained(args.language), self.vqgan.config.num_embeddings,
             visual_experts=not args.without_experts, route_output=args.route_output, ahead=args.ahead or 1,
-            codebook=self.vqgan.quantize.embedding.weight if self.preset.codebook_start else None,
+            codebook=self.vqgan.quantize.embedding.weight if self.preset.look_alike else None,
             generator=torch.Generator().manual_seed(args.seed))
 
     def read(self) -> None:
@@ -245,6 +249,14 @@ class Stage1(NextToken):
                             args.out / "codes", args.ranks)
         whole = set(self.codes.whole)
         self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
+
+    def uncaptioned(self) -> torch.Tensor:
+        """(codes,) bool: those that pictures without a caption show, and no others."""
+        shown = torch.zeros(2, self.vqgan.config.num_embeddings, dtype=torch.bool)
+        for i in self.codes.whole:
+            captioned = self.source.caption(i, random.Random(0)) is not None
+            shown[int(captioned), self.codes[i].astype("int64").ravel()] = True
+        return shown[0] & ~shown[1]
 
     def open(self, frames, **settings):
         """The source; settings are the rendered world's."""
@@ -435,6 +447,13 @@ class Joint(Stage2):
         self.source = RecipePictures(max(1, self.preset.pictures // 6), args.seed)
         how = Encoding(self.vqgan.config.resolution)
         self.codes = encode(self.source, self.vqgan, how, args.out / "codes", args.ranks)
+
+    def uncaptioned(self) -> torch.Tensor:
+        """(codes,) bool: those that no recipe shows, so that what Stage II learned of them stays."""
+        missing = torch.ones(self.vqgan.config.num_embeddings, dtype=torch.bool)
+        for i in self.codes.whole:
+            missing[self.codes[i].astype("int64").ravel()] = False
+        return missing
 
     def rows(self, step: int, rng: random.Random) -> list[int]:
         """Recipes, by number."""

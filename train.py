@@ -212,13 +212,13 @@ PRESETS = {
         language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
         recipes={"stage1": Recipe(48_000, 4096, 1e-4), "stage2": Recipe(24_000, 4096, 1e-4),
                  "stage3": Recipe(6_500, 1536, 1e-4)},
-        pictures=60_000, codebook_start=False, long_side=1024),
+        pictures=60_000, look_alike=False, long_side=1024),
     "tiny": Preset(
         language=small(160, 4, 5),
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(14_000, 32, 2e-3),
-                 "stage2": Recipe(8000, 32, 1.5e-3), "joint": Recipe(1500, 16, 1e-3)},
+        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(12_000, 32, 2e-3),
+                 "stage2": Recipe(12_000, 32, 1.5e-3), "joint": Recipe(1500, 16, 1e-3)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=small(160, 4, 5),

@@ -232,8 +232,8 @@ def _place(rng, sides, rows, cols):
 
 
 def training_scene(rng: random.Random, count: int | None = None, rows: int = 6, cols: int = 6) -> tuple[Scene, bool]:
-    """A scene to train on and whether it may carry a caption: one in ten shows a held-out pair, unnamed."""
-    if rng.random() < 0.1:
+    """A scene to train on and whether it may carry a caption: one in twenty-five shows a held-out pair, unnamed."""
+    if rng.random() < 0.04:
         return sample_scene(rng, "held_out_pair", count, rows, cols), False
     return sample_scene(rng, "train", count, rows, cols), True
 

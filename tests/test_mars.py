@@ -216,6 +216,55 @@ def test_codes_that_look_alike_start_alike_in_both_visual_tables():
         assert table.weight.std() < 1.5 * text.weight.std()
 
 
+def test_shared_rows_start_as_they_are_and_fold_into_a_model_that_shares_none(mars, tmp_path):
+    tokens = mixed_tokens(mars)
+    with torch.no_grad():
+        before = mars(tokens)
+        mars.share_rows(torch.randn(16, 8, generator=torch.Generator().manual_seed(2)))
+        assert torch.equal(mars(tokens), before)                  # they start at zero
+        for name, parameter in mars.named_parameters():
+            if name.endswith(".shared"):
+                parameter.normal_()
+        assert not torch.allclose(mars(tokens), before)
+        mars.save_pretrained(tmp_path)
+        torch.testing.assert_close(MARS.from_pretrained(tmp_path)(tokens), mars(tokens))
+
+
+def test_codes_that_look_alike_learn_together(mars):
+    codebook = torch.randn(16, 8, generator=torch.Generator().manual_seed(2))
+    codebook[1] = codebook[0]
+    mars.share_rows(codebook)
+    mars.freeze_language()
+    V_t = mars.vocabulary.text
+    mars.loss(torch.tensor([[3, V_t, V_t]]), torch.tensor([[False, False, True]])).backward()       # code 0 alone is shown
+    with torch.no_grad():
+        rows = mars.vision_head.weight.clone()
+        for parameter in mars.vision_head.parameters():
+            if parameter.shape[0] == 8:                           # what is shared, (d, D)
+                parameter.sub_(parameter.grad)
+        moved = (mars.vision_head.weight - rows)[:16]
+    torch.testing.assert_close(moved[1], moved[0])
+    assert moved[0].norm() > 0 and not torch.allclose(moved[2], moved[0])
+
+
+def test_codes_that_no_captioned_picture_shows_are_candidates_only_without_a_caption(mars):
+    V_t, start, uncond = mars.vocabulary.text, *map(mars.vocabulary.special, ("<img>", "<uncond>"))
+    missing = torch.zeros(16, dtype=torch.bool)
+    missing[5] = True
+
+    def loss_and_push(first: int) -> tuple[float, float]:
+        """Of a picture after the token `first`: its loss, and the gradient on the head's row of code 5."""
+        mars.zero_grad()
+        loss = mars.loss(torch.tensor([[first, start, V_t + 1, V_t + 2]]), torch.tensor([[False, False, True, True]]))
+        loss.backward()
+        return loss.item(), mars.vision_head.weight.grad[5].abs().sum().item()
+    named, dropped = loss_and_push(3), loss_and_push(uncond)
+    mars.uncaptioned = missing
+    assert loss_and_push(uncond) == dropped
+    loss, push = loss_and_push(3)
+    assert push == 0 < named[1] and loss < named[0]
+
+
 def test_first_loss_of_an_untrained_model_is_near_ln_v():
     config = MARSConfig(width=64, heads=4, kv_heads=4, ffn_width=176, layers=2, context=128, text_vocab=500)
     language = MARS(config).initialise(torch.Generator().manual_seed(0))
