@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, V_t text and V_v visual vocabulary, S tokens
 """
 import argparse
 import dataclasses
+import math
 import resource
 import shutil
 import time
@@ -125,6 +126,7 @@ class MARS(nn.Module):
         self.checkpoint_activations = False                           # True: blocks are computed again going back
         self.heads_this_step: list[int] | None = None                 # of heads 2 to K, those the loss asks; None: all
         self.uncaptioned: Tensor | None = None                        # (codes,) bool: that no captioned picture shows
+        self.margin = -math.inf                                       # see `_candidates`
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
@@ -206,9 +208,9 @@ class MARS(nn.Module):
         has_caption = (tokens != uncond).all(1, keepdim=True).expand_as(tokens)        # (B, T)
 
         def of_head(k: int, trunk: Tensor, asked: Tensor, logits) -> Tensor:
-            candidates = lambda rows, captioned: self._without_uncaptioned(logits(self.ahead(rows, k)), captioned)
-            return cross_entropy_in_chunks(trunk[:, :-k][asked], tokens[:, k:][asked], candidates, chunk,
-                                           has_caption[:, k:][asked])
+            ids, captioned = tokens[:, k:][asked], has_caption[:, k:][asked]
+            return cross_entropy_in_chunks(trunk[:, :-k][asked], ids, lambda rows, ids, captioned: self._candidates(
+                logits(self.ahead(rows, k)), ids, captioned), chunk, ids, captioned)
         targets = is_target[:, 1:]
         loss = of_head(1, hidden, targets, self.logits)
         in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
@@ -223,14 +225,20 @@ class MARS(nn.Module):
             loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
         return loss / (1 + len(chosen))
 
-    def _without_uncaptioned(self, logits: Tensor, captioned: Tensor) -> Tensor:
-        """Not in the paper: where there is a caption, `captioned` (N,), codes that no captioned picture shows are no
-        candidates in training: logits (N, V). Else the model learns that captions never mean them, whatever they say."""
+    def _candidates(self, logits: Tensor, ids: Tensor, captioned: Tensor) -> Tensor:
+        """Not in the paper: where there is a caption, `captioned` (N,), a code that no captioned picture shows competes
+        in training only while its logit (N, V) is more than that of the right token, `ids` (N,), less `margin`.
+
+        -inf: never. If it always did, the model would learn that captions never mean it, whatever they say; if it never
+        does, it is drawn where its like is meant.
+        """
         if self.uncaptioned is None:
             return logits
         missing = F.pad(self.uncaptioned.to(logits.device), (self.vocabulary.text, 0))
         missing = F.pad(missing, (0, logits.shape[-1] - len(missing)))                 # (V,)
-        return logits.masked_fill(captioned[:, None] & missing, -torch.inf)
+        known = logits.detach()
+        beaten = known < known.gather(1, ids[:, None]) - self.margin
+        return logits.masked_fill(captioned[:, None] & missing & beaten, -torch.inf)
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""

@@ -5,6 +5,7 @@ at) and `save`. Shapes: B batch, T tokens.
 """
 import dataclasses
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
 
 SAMPLES = 64                      # pictures of the rendered world that a stage draws to look at, and to count
+LATE, MARGIN = 1 / 8, 2.0         # in a stage's last eighth, codes without captions compete, see MARS._candidates; ours
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Preset:
     """Not in the paper: everything that a size of MARS needs to be trained from nothing on the rendered world."""
-    language: MARSConfig          # the small language model; its text_vocab is the most that the tokenizer may learn
+    language: MARSConfig | None   # the small language model; its text_vocab is the most that the tokenizer may learn
     codec: VQGANConfig
     codec_training: VQGANTraining
     recipes: dict[str, Recipe]    # by stage
@@ -55,7 +57,8 @@ class Preset:
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
     frames: tuple = ((6, 6, 16),)        # codec and Stage I: rows, cols and pixels a cell
-    aspects: tuple = ((6, 6, 16), (6, 6, 16), (6, 8, 16), (8, 6, 16), (6, 12, 16), (12, 6, 16))   # Stage II
+    aspects: tuple = 2 * ((6, 6, 16), (6, 8, 16), (6, 12, 16)) + ((8, 6, 16), (12, 6, 16))        # Stage II: wide ones,
+    # whose rows have another length than Stage I's, are harder and come twice as often as tall ones
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
@@ -249,6 +252,11 @@ class Stage1(NextToken):
                             args.out / "codes", args.ranks)
         whole = set(self.codes.whole)
         self.all, self.simple = self.codes.whole, [i for i in self.source.simple() if i in whole]
+
+    def backward(self, step: int, rng: random.Random):
+        """As `NextToken.backward`; the stage's last steps part what earlier ones let look like each other."""
+        self.model.margin = MARGIN if step >= (1 - LATE) * self.recipe.steps else -math.inf
+        return super().backward(step, rng)
 
     def uncaptioned(self) -> torch.Tensor:
         """(codes,) bool: those that pictures without a caption show, and no others."""

@@ -218,10 +218,10 @@ PRESETS = {
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(12_000, 32, 2e-3),
-                 "stage2": Recipe(12_000, 32, 1.5e-3), "joint": Recipe(1500, 16, 1e-3)},
+                 "stage2": Recipe(10_000, 32, 1.5e-3), "joint": Recipe(1500, 16, 1e-3)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
-        language=small(160, 4, 5),
+        language=None,                   # goes on from tiny's
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
         recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 8, 1.5e-3)},

@@ -263,6 +263,8 @@ def test_codes_that_no_captioned_picture_shows_are_candidates_only_without_a_cap
     assert loss_and_push(uncond) == dropped
     loss, push = loss_and_push(3)
     assert push == 0 < named[1] and loss < named[0]
+    mars.margin = 100.0                                           # now all but the hopeless compete again
+    assert loss_and_push(3) == named
 
 
 def test_first_loss_of_an_untrained_model_is_near_ln_v():
