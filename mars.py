@@ -124,7 +124,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.heads_this_step: list[int] | None = None                 # of heads 2 to K, those the loss asks; None: all
+        self.phase: int | None = None                                 # heads 2 to K are asked at every K-th token, from here
         self.uncaptioned: Tensor | None = None                        # (codes,) bool: that no captioned picture shows
         self.margin = -math.inf                                       # see `_candidates`
 
@@ -182,11 +182,6 @@ class MARS(nn.Module):
             return l_t.float()
         return torch.cat((l_t, self.vision_head(hidden)), dim=-1).float()
 
-    def _fixed_logits(self, hidden: Tensor) -> Tensor:
-        """`logits` that train what comes before them, and no row of the two heads."""
-        text = self.text_embedding if self.text_head is None else self.text_head
-        return F.linear(hidden, torch.cat((text.weight, self.vision_head.weight)).detach()).float()
-
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V_t + V_v), float32."""
         return self.logits(self.hidden(tokens, cache))
@@ -199,31 +194,38 @@ class MARS(nn.Module):
         """Eq. 1: mean of -log p(z_{t+1} | z_{<=t}) over the tokens that `is_target` (B, T) bool marks.
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
-        elsewhere. With `heads_this_step` (ours), the mean over head 1 and those, which learn to read the trunk and do
-        not shape it; with none there, Eq. 1. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
-        Memory does not grow with K: each head's work is dropped and done again in the backward pass.
+        elsewhere. Memory does not grow with K: each head's work is dropped and done again in the backward pass.
+        With `phase` (ours) heads 2 to K are asked at every K-th token, as when they draw, and count as much as head 1
+        does: K heads then cost two. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
         """
-        hidden = self.hidden(tokens)                                                   # (B, T, D)
-        chunk, uncond = chunk or max(1, LOGITS // self.vocabulary.size), self.vocabulary.special("<uncond>")
-        has_caption = (tokens != uncond).all(1, keepdim=True).expand_as(tokens)        # (B, T)
+        with parametrize.cached():                                    # shared rows are added up once
+            return self._loss(tokens, is_target, chunk or max(1, LOGITS // self.vocabulary.size))
 
-        def of_head(k: int, trunk: Tensor, asked: Tensor, logits) -> Tensor:
-            ids, captioned = tokens[:, k:][asked], has_caption[:, k:][asked]
-            return cross_entropy_in_chunks(trunk[:, :-k][asked], ids, lambda rows, ids, captioned: self._candidates(
-                logits(self.ahead(rows, k)), ids, captioned), chunk, ids, captioned)
+    def _loss(self, tokens: Tensor, is_target: Tensor, chunk: int) -> Tensor:
+        hidden, K = self.hidden(tokens), self.config.ahead                             # (B, T, D)
+        uncond, in_picture = self.vocabulary.special("<uncond>"), tokens >= self.vocabulary.text
+        has_caption = (tokens != uncond).all(1, keepdim=True).expand_as(tokens)        # (B, T)
+        logits_of = lambda rows, ids, captioned: self._candidates(self.logits(rows), ids, captioned)
+
+        def question(k: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Head k's states, right answers and whether a caption stands before them, where `asked` (B, T - k)."""
+            return self.ahead(hidden[:, :-k][asked], k), tokens[:, k:][asked], has_caption[:, k:][asked]
+
+        def mean_loss(states: Tensor, ids: Tensor, captioned: Tensor) -> Tensor:
+            return cross_entropy_in_chunks(states, ids, logits_of, chunk, ids, captioned)
         targets = is_target[:, 1:]
-        loss = of_head(1, hidden, targets, self.logits)
-        in_picture, later = tokens >= self.vocabulary.text, self.config.ahead - 1
-        chosen, trunk, logits = range(2, self.config.ahead + 1), hidden, self.logits
-        if self.heads_this_step is not None:
-            chosen, trunk, logits = self.heads_this_step, hidden.detach(), self._fixed_logits
-        for k in chosen:
-            asked = in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:]          # (B, T - k)
-            part = checkpoint(of_head, k, trunk, asked, logits, use_reentrant=False)
-            loss = loss + part * (asked.sum() / targets.sum().clamp(min=1))
-        if len(chosen) < later:                                        # all take part, or DDP would wait for them
-            loss = loss + 0 * sum(parameter.sum() for parameter in self.visual_ahead.parameters())
-        return loss / (1 + len(chosen))
+        loss = mean_loss(*question(1, targets))
+        if K == 1:
+            return loss
+        asked = {k: in_picture[:, :-k] & in_picture[:, k:] & is_target[:, k:] for k in range(2, K + 1)}
+        if self.phase is not None:
+            turn = torch.arange(tokens.shape[1], device=tokens.device) % K == self.phase
+            later = mean_loss(*map(torch.cat, zip(*(question(k, asked[k] & turn[:-k]) for k in asked))))
+            return (loss + later) / 2
+        for k in asked:
+            of_head = checkpoint(lambda k=k: mean_loss(*question(k, asked[k])), use_reentrant=False)
+            loss = loss + of_head * (asked[k].sum() / targets.sum().clamp(min=1))
+        return loss / K
 
     def _candidates(self, logits: Tensor, ids: Tensor, captioned: Tensor) -> Tensor:
         """Not in the paper: where there is a caption, `captioned` (N,), a code that no captioned picture shows competes

@@ -62,8 +62,6 @@ class Preset:
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
-    heads_a_step: int | None = None      # Stage III: of heads 2 to K, how many a step trains apart; None: all, Eq. 2
-    alone: float = 0.0            # share of Stage III's steps that train head 1 alone, before those; ours
     curriculum: float = 0.0       # share of Stage I's steps that show pictures of one thing alone, before all; ours
     look_alike: bool = True       # visual rows start where the codebook puts them, and learn together; ours
 
@@ -403,13 +401,7 @@ class Stage3(Stage2):
 
     def rows(self, step: int, rng: random.Random):
         """Pictures of one size, each with a small copy that has a few wrong codes."""
-        later, preset = range(2, self.model.config.ahead + 1), self.preset
-        if step < preset.alone * self.recipe.steps:
-            self.model.heads_this_step = []
-        elif preset.heads_a_step:
-            self.model.heads_this_step = rng.sample(later, min(preset.heads_a_step, len(later)))
-        else:
-            self.model.heads_this_step = None
+        self.model.phase = rng.randrange(self.model.config.ahead)
         return stage3_rows(self.source, self.low, self.indices(step, rng), self.recipe.batch, rng, self.args.corruption,
                            self.vqgan.config.num_embeddings)
 
@@ -427,7 +419,7 @@ class Stage3(Stage2):
         how = dataclasses.replace(how, long_side=self.preset.long_side)
         large = [how.prepare(self.source.image(i), self.vqgan.factor) for i in some]
         texts = [self.source.caption(i, random.Random(0)) for i in some]
-        heads = sorted({1, self.model.config.ahead if self.model.heads_this_step != [] else 1})
+        heads = sorted({1, self.model.config.ahead})
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             ours = {k: ranks.together(self.painter.upscale(ranks.share(small), ranks.share(texts),
                                                            dataclasses.replace(DETAIL, heads=k))) for k in heads}

@@ -42,7 +42,7 @@ test_train.stages.TextStage.backward = dying
 def preset():
     """The small preset, with a Stage III of few heads a step."""
     small = small_preset()
-    return dataclasses.replace(small, large=((4, 4, 32),), ahead=4, heads_a_step=1, alone=0.5,
+    return dataclasses.replace(small, large=((4, 4, 32),), ahead=4,
                                recipes=small.recipes | {"stage3": Recipe(4, 4, 1e-3)})
 
 
