@@ -124,7 +124,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.phase: int | None = None                                 # heads 2 to K are asked at every K-th token, from here
+        self.phase: int | None = None                                 # see `loss`; None: heads 2 to K are asked everywhere
         self.uncaptioned: Tensor | None = None                        # (codes,) bool: that no captioned picture shows
         self.margin = -math.inf                                       # see `_candidates`
 
@@ -175,12 +175,15 @@ class MARS(nn.Module):
         """Sec. 3.3: l_t of hidden states (..., D) -> (..., V_t)."""
         return F.linear(hidden, self.text_embedding.weight) if self.text_head is None else self.text_head(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Sec. 3.3: l_t and l_v side by side, for one softmax over both. (..., D) -> (..., V_t + V_v), float32."""
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Sec. 3.3: l_t and l_v side by side, for one softmax over both. (..., D) -> (..., V_t + V_v), float32.
+
+        rows: (V_v, D) of the vision head, where shared ones have been added up already.
+        """
         l_t = self.text_logits(hidden)
         if self.vision_head is None:
             return l_t.float()
-        return torch.cat((l_t, self.vision_head(hidden)), dim=-1).float()
+        return torch.cat((l_t, F.linear(hidden, self.vision_head.weight if rows is None else rows)), dim=-1).float()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V_t + V_v), float32."""
@@ -195,17 +198,15 @@ class MARS(nn.Module):
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
         elsewhere. Memory does not grow with K: each head's work is dropped and done again in the backward pass.
-        With `phase` (ours) heads 2 to K are asked at every K-th token, as when they draw, and count as much as head 1
+        With `phase` (ours) heads 2 to K are asked at every K-th token from there on, as when they draw, and count as much as head 1
         does: K heads then cost two. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
         """
-        with parametrize.cached():                                    # shared rows are added up once
-            return self._loss(tokens, is_target, chunk or max(1, LOGITS // self.vocabulary.size))
-
-    def _loss(self, tokens: Tensor, is_target: Tensor, chunk: int) -> Tensor:
         hidden, K = self.hidden(tokens), self.config.ahead                             # (B, T, D)
+        chunk = chunk or max(1, LOGITS // self.vocabulary.size)
+        rows = None if self.vision_head is None else self.vision_head.weight           # shared ones are added up once
         uncond, in_picture = self.vocabulary.special("<uncond>"), tokens >= self.vocabulary.text
         has_caption = (tokens != uncond).all(1, keepdim=True).expand_as(tokens)        # (B, T)
-        logits_of = lambda rows, ids, captioned: self._candidates(self.logits(rows), ids, captioned)
+        logits_of = lambda states, ids, captioned: self._candidates(self.logits(states, rows), ids, captioned)
 
         def question(k: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Head k's states, right answers and whether a caption stands before them, where `asked` (B, T - k)."""

@@ -230,6 +230,20 @@ def test_shared_rows_start_as_they_are_and_fold_into_a_model_that_shares_none(ma
         torch.testing.assert_close(MARS.from_pretrained(tmp_path)(tokens), mars(tokens))
 
 
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_shared_rows_have_the_same_gradients_whatever_the_chunk(mars, ahead):
+    model, found = MARS.from_earlier_stage(mars, ahead=ahead), []
+    model.share_rows(torch.randn(16, 8, generator=torch.Generator().manual_seed(2)))
+    model.freeze_language()
+    tokens = mixed_tokens(model)
+    for chunk in (2, 10_000):
+        model.zero_grad()
+        model.loss(tokens, tokens >= 0, chunk).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert any(name.endswith(".shared") and grad.abs().sum() > 0 for name, grad in found[0].items())
+    torch.testing.assert_close(*found)
+
+
 def test_codes_that_look_alike_learn_together(mars):
     codebook = torch.randn(16, 8, generator=torch.Generator().manual_seed(2))
     codebook[1] = codebook[0]

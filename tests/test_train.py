@@ -17,6 +17,8 @@ import generate
 import plot
 import stages
 import train
+import world
+from data import Codes
 from generate import Painter, Sampling
 from mars import MARS, is_visual
 from train import PRESETS, Recipe, learning_rate
@@ -104,6 +106,23 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, stage):
     assert weights(parts) == weights(whole)
     timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
     assert timeless(lines(parts)) == timeless(lines(whole))
+
+
+def test_codes_without_captions_are_found_and_compete_in_the_last_eighth_of_the_steps(tmp_path, monkeypatch):
+    seen, loss = [], MARS.loss
+
+    def note(model, tokens, is_target, chunk=None):
+        seen.append((model.margin, model.uncaptioned))
+        return loss(model, tokens, is_target, chunk)
+    monkeypatch.setattr(MARS, "loss", note)
+    monkeypatch.setattr(world, "training_scene", lambda rng, *size: (world.sample_scene(rng, "any", *size), rng.random() < 0.5))
+    run("stage1", "--preset", "test", "--vqgan", generate.TINY / "vqgan", "--steps", 16, "--out", tmp_path)
+    assert [margin for margin, _ in seen] == [-math.inf] * 14 + [2.0] * 2
+    codes, uncaptioned = Codes(tmp_path / "codes"), seen[0][1]
+    captioned = [i for i in range(48) if codes.captions(i)]
+    with_caption, without = (set(np.concatenate([codes[i].ravel() for i in rows]).tolist())
+                             for rows in (captioned, set(range(48)) - set(captioned)))
+    assert set(uncaptioned.nonzero()[:, 0].tolist()) == without - with_caption != set()
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path):
