@@ -30,7 +30,7 @@ from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANTraining
 
 
 SAMPLES = 64                      # pictures of the rendered world that a stage draws to look at, and to count
-LATE, MARGIN = 1 / 8, 2.0         # in a stage's last eighth, codes without captions compete, see MARS._candidates; ours
+MARGIN = 2.0                      # of MARS._candidates, once codes without captions compete; ours
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Recipe:
     weight_decay: float = 0.1     # of matrices; biases, norms and codebooks have none
     warmup: float = 0.01          # share of the steps over which the learning rate rises
     clip: float = 1.0             # largest norm of the gradient
+    compete: float = 1 / 8        # last share of the steps in which codes without captions compete; ours
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class Stage1(NextToken):
 
     def backward(self, step: int, rng: random.Random):
         """As `NextToken.backward`; the stage's last steps part what earlier ones let look like each other."""
-        self.model.margin = MARGIN if step >= (1 - LATE) * self.recipe.steps else -math.inf
+        self.model.margin = MARGIN if step >= (1 - self.recipe.compete) * self.recipe.steps else -math.inf
         return super().backward(step, rng)
 
     def uncaptioned(self) -> torch.Tensor:

@@ -218,7 +218,7 @@ PRESETS = {
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
         recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(12_000, 32, 2e-3),
-                 "stage2": Recipe(8000, 32, 1.5e-3), "joint": Recipe(1500, 16, 1e-3)},
+                 "stage2": Recipe(8000, 32, 1.5e-3, compete=1 / 4), "joint": Recipe(1500, 16, 1e-3)},
         pictures=60_000, caption_share=0.3, curriculum=0.15),
     "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
         language=None,                   # goes on from tiny's
