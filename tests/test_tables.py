@@ -91,7 +91,7 @@ def test_a_caption_that_cannot_be_a_file_name_is_refused(tmp_path, capsys):
     assert stop.value.code == 2 and "caption 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["table2", "table3", "table4"])
+@pytest.mark.parametrize("name", ["table2", "table3", "table4", "figure7"])
 def test_the_readme_shows_the_papers_tables(name):
     report = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert tables.show(report) in (ROOT / "README.md").read_text()
