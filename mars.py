@@ -124,7 +124,7 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.visual_ahead = nn.ModuleList(Ahead(config) for _ in range(config.ahead - 1))       # heads 2 to K
         self.checkpoint_activations = False                           # True: blocks are computed again going back
-        self.phase: int | None = None                                 # see `loss`; None: heads 2 to K are asked everywhere
+        self.phase: int | None = None                                 # where heads 2 to K are asked, see `loss`
         self.uncaptioned: Tensor | None = None                        # (codes,) bool: that no captioned picture shows
         self.margin = -math.inf                                       # see `_candidates`
 
@@ -198,8 +198,8 @@ class MARS(nn.Module):
 
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
         elsewhere. Memory does not grow with K: each head's work is dropped and done again in the backward pass.
-        With `phase` (ours) heads 2 to K are asked at every K-th token from there on, as when they draw, and count as much as head 1
-        does: K heads then cost two. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
+        With `phase` (ours) heads 2 to K are asked at every K-th token from there on, as when they draw, and count as
+        much as head 1 does: K heads then cost two. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
         """
         hidden, K = self.hidden(tokens), self.config.ahead                             # (B, T, D)
         chunk = chunk or max(1, LOGITS // self.vocabulary.size)
