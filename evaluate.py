@@ -9,6 +9,7 @@ import dataclasses
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from checker import KEYS, check
 from checkpoint import one_line_errors, write_json
 from data import psnr, text_rows
 from distributed import ready_device
-from generate import CAPTIONS, DETAIL, TINY, Painter, Sampling, write_text
+from generate import CAPTIONS, DETAIL, ENLARGED, TINY, Painter, Sampling, write_text
 from mars import MARS, cross_entropy_in_chunks
 from recipes import agrees, claims, parse_steps
 from recipes import sample as sample_recipe
@@ -122,9 +123,9 @@ def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[d
 
 def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: Sampling,
               things: int | None = None) -> list[dict]:
-    """Sec. 3.4, Stage III: n renders of unseen scenes made larger, by K codes a pass, and so are the model's own
-    pictures -> a row for each K: PSNR in dB against the large render, beside bicubic scaling of the small one; shares
-    that the checker passes; forward passes after the prompt's; seconds a picture."""
+    """Sec. 3.4, Stage III: n renders of unseen scenes made larger, and so are the model's own pictures, in several ways
+    -> a row for each: PSNR in dB against the large render, beside bicubic scaling of the small one; shares that the
+    checker passes; forward passes after the prompt's, and seconds, for a picture made alone."""
     scale, rows = upscaler.model.config.long_side // max(painter.sizes[0]), []
     asked = questions("train", n, seed, things, painter.sizes[0])
     texts = [text for _, text, _ in asked]
@@ -133,30 +134,35 @@ def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: 
     said = [world.parse(text) for text in texts]
     right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, said)) / n
     plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
-    codes = large[0].width * large[0].height // upscaler.vqgan.factor ** 2
     same = {"psnr_bicubic": psnr(plain, large), "psnr_codec": psnr(upscaler.restore(large), large),
             "drawn_right": right(drawn, CELL)}
-    for k in sorted({k for k in (1, 4, 16) if k <= upscaler.model.config.ahead} | {upscaler.model.config.ahead}):
-        detail = dataclasses.replace(DETAIL, heads=k)
-        started = time.perf_counter()
-        ours = upscaler.upscale(small, texts, detail)
-        seconds = time.perf_counter() - started
-        again = upscaler.upscale(drawn, texts, detail)
-        rows.append({"heads": k, **same, "psnr": psnr(ours, large), "right": right(ours, CELL * scale),
-                     "drawn_upscaled_right": right(again, CELL * scale), "passes": -(-codes // k) - 1,
-                     "seconds": seconds / n})
+    K = upscaler.model.config.ahead
+    several = sorted({k for k in (1, 4, 16) if k <= K} | {K})
+    for heads, verify, best_of in [(1, False, ENLARGED), *((k, False, 1) for k in several), (K, True, 1)]:
+        enlarge = partial(upscaler.upscale, sampling=dataclasses.replace(DETAIL, heads=heads), seed=seed,
+                          verify=verify, best_of=best_of)
+        ours, again, calls = enlarge(small, texts), enlarge(drawn, texts), []
+        counter = upscaler.model.norm.register_forward_hook(lambda *_: calls.append(1))          # once in each pass
+        started, alone = time.perf_counter(), min(n, 10)
+        for image, text in zip(small[:alone], texts):
+            enlarge([image], [text])
+        counter.remove()
+        rows.append({"heads": heads, "verify": verify, "best_of": best_of, **same, "psnr": psnr(ours, large),
+                     "right": right(ours, CELL * scale), "drawn_upscaled_right": right(again, CELL * scale),
+                     "passes": len(calls) / alone - best_of, "seconds": (time.perf_counter() - started) / alone})
     return rows
 
 
 def show_cascade(rows: list[dict]) -> str:
     """The rows of `cascading` as a table."""
     head = ("Stage III", "PSNR", "bicubic", "codec", "right", "drawn", "larger", "passes", "s each")
-    lines = ["".join(f"{name:>9}" for name in head)]
+    lines = [f"{head[0]:16}" + "".join(f"{name:>9}" for name in head[1:])]
     for row in rows:
+        name = f"K = {row['heads']}" + ", verified" * row["verify"]
+        name += f", best of {row['best_of']}" if row["best_of"] > 1 else ""
         decibels = [f"{row[key]:9.1f}" for key in ("psnr", "psnr_bicubic", "psnr_codec")]
         shares = [f"{100 * row[key]:9.1f}" for key in ("right", "drawn_right", "drawn_upscaled_right")]
-        lines.append("".join((f"{'K = ' + str(row['heads']):>9}", *decibels, *shares, f"{row['passes']:9}",
-                              f"{row['seconds']:9.3f}")))
+        lines.append("".join((f"{name:16}", *decibels, *shares, f"{row['passes']:9.1f}", f"{row['seconds']:9.3f}")))
     return "\n".join(lines)
 
 

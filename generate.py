@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoint import codec_folder, one_line_errors, write_beside
 from data import (Sequence, captioning, collate, decode_each, encode_each, enlarge, fit, grid, interlaced, open_picture,
-                  prompt, save_image, size_text, text_to_image, title_text, to_pixels)
+                  prompt, psnr, save_image, size_text, text_to_image, title_text, to_pixels)
 from distributed import ready_device
 from mars import MARS
 from recipes import markdown, parse_steps
@@ -43,6 +43,7 @@ class Sampling:
 
 DETAIL = Sampling(cfg=1.0, temperature=0.0, heads=1)         # Stage III adds what is certain, not what is new
 CAPTIONS = 8                                                 # written for --caption, of which the best is kept
+ENLARGED = 4                                                 # made for --upscale, of which the best is kept
 
 
 # ----------------------------------------------------------------------------- drawing one token
@@ -105,6 +106,11 @@ def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tens
     return guide(logits, sampling.cfg) if sampling.cfg != 1 else logits
 
 
+def in_raster_order(codes: Tensor, size: tuple[int, int], low: Tensor | None) -> Tensor:
+    """Sec. 3.4, Stage III: codes (B, h * w) as they are written -> row by row. low: codes of a small picture, if any."""
+    return codes if low is None else codes[:, interlaced(size, low.shape).argsort()]
+
+
 @torch.no_grad()
 def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, sampling: Sampling,
                generator: torch.Generator | None = None, size: list[int] = (),
@@ -126,27 +132,27 @@ def draw_codes(model: MARS, captions: list[list[int]], height: int, width: int, 
         tokens = model.vocabulary.text + torch.stack(drawn[-new:], dim=1)        # (B, K)
         hidden = model.hidden(tokens.repeat(len(prompts) // len(captions), 1), cache)[:, -1]
     codes = torch.stack(drawn, dim=1)                                            # (B, h * w), as they were written
-    if low:
-        codes = codes[:, interlaced((height, width), low[0].shape).argsort()]
-    return codes.unflatten(1, (height, width))
+    return in_raster_order(codes, (height, width), low[0] if low else None).unflatten(1, (height, width))
 
 
 @torch.no_grad()
 def draw_codes_verified(model: MARS, caption: list[int], height: int, width: int, sampling: Sampling,
-                        generator: torch.Generator | None = None, size: list[int] = ()) -> tuple[Tensor, int]:
+                        generator: torch.Generator | None = None, size: list[int] = (),
+                        low: Tensor | None = None) -> tuple[Tensor, int]:
     """Not in the paper: heads 2 to K only draft; head 1 accepts each draft or puts another code in its place.
 
     The codes are distributed exactly as head 1 alone would draw them, one by one (speculative sampling, arXiv
     2302.01318, with the drafts of one's own heads), in fewer passes. One caption (ids) -> codes (1, h, w) and the
-    number of passes after the prompt's.
+    number of passes after the prompt's. low: codes (h, w) of the small picture, Stage III.
     """
-    prompts, length = prompts_of(model, [caption], sampling, size), height * width
-    hidden, cache = prefill(model, prompts, length + model.config.ahead)
+    prompts = prompts_of(model, [caption], sampling, size, None if low is None else [low])
+    length, heads = height * width, min(sampling.heads or model.config.ahead, model.config.ahead)
+    hidden, cache = prefill(model, prompts, length + heads)
     chances = lambda states, k: probabilities(code_logits(model, states, k, sampling), sampling)[0]     # (codes,)
     pick = lambda p: int(torch.multinomial(p, 1, generator=generator))
     drawn, passes = [pick(chances(hidden, 1))], 0
     while len(drawn) < length:
-        q = [chances(hidden, k) for k in range(2, 1 + min(model.config.ahead, length - len(drawn) + 1))]
+        q = [chances(hidden, k) for k in range(2, 1 + min(heads, length - len(drawn) + 1))]
         drafts = [pick(p) for p in q]
         fed = model.vocabulary.text + torch.tensor([[drawn[-1], *drafts]], device=hidden.device)
         states = model.hidden(fed.repeat(len(prompts), 1), cache)                # (1 or 2, 1 + drafts, D)
@@ -163,7 +169,8 @@ def draw_codes_verified(model: MARS, caption: list[int], height: int, width: int
                 drawn.append(pick(chances(states[:, -1], 1)))
         cache.length -= len(drafts) - accepted                                   # forget what was not accepted
         hidden = states[:, accepted]
-    return torch.tensor(drawn, device=hidden.device).view(1, height, width), passes
+    codes = torch.tensor([drawn], device=hidden.device)                          # (1, h * w), as they were written
+    return in_raster_order(codes, (height, width), low).unflatten(1, (height, width)), passes
 
 
 @torch.no_grad()
@@ -361,12 +368,24 @@ class Painter:
         return pages
 
     @torch.no_grad()
-    def upscale(self, images, prompts: list[str], sampling: Sampling = DETAIL, seed: int = 0, batch: int = 64):
+    def upscale(self, images, prompts: list[str], sampling: Sampling = DETAIL, seed: int = 0, batch: int = 64,
+                verify: bool = False, best_of: int = 1):
         """Sec. 3.4, Stage III: RGB images and what they show -> the same, larger. Raises ValueError, one line, for
-        weights of another stage."""
+        weights of another stage.
+
+        verify: head 1 checks what the other heads draft, one picture at a time. best_of: how many to make of each, all
+        but the first drawn at random; the one stays that, made small again, is nearest to the image (ours).
+        """
         long_side, factor = self.model.config.long_side, self.vqgan.factor
         if not long_side:
             raise ValueError("these weights draw from prompts alone; expected those of train.py stage3 to upscale with")
+        if best_of > 1:
+            varied = dataclasses.replace(sampling, temperature=sampling.temperature or 0.6)
+            tries = [self.upscale(images, prompts, varied if k else sampling, seed + k, batch, verify)
+                     for k in range(best_of)]
+            small = [fit(image, *self.nearest_size(image)) for image in images]
+            return [max(made, key=lambda larger: psnr([fit(larger, image.height, image.width)], [image]))
+                    for image, *made in zip(small, *tries)]
         generator, larger = torch.Generator(self.model.norm.weight.device).manual_seed(seed), [None] * len(images)
         for size in self.sizes:
             asked, (height, width) = self.size_ids(*size), enlarge(size, long_side, factor)
@@ -375,8 +394,12 @@ class Painter:
                 small = [to_pixels(fit(images[i], *size)) for i in some]
                 pixels = height * width + size[0] * size[1]
                 captions = [self.encode_prompt(prompts[i], pixels) for i in some]
-                codes = draw_codes(self.model, captions, height // factor, width // factor, sampling, generator, asked,
-                                   encode_each(self.vqgan, small))
+                shape, low = (height // factor, width // factor), encode_each(self.vqgan, small)
+                if verify:
+                    codes = torch.cat([draw_codes_verified(self.model, caption, *shape, sampling, generator, asked,
+                                                           picture)[0] for caption, picture in zip(captions, low)])
+                else:
+                    codes = draw_codes(self.model, captions, *shape, sampling, generator, asked, low)
                 for i, image in zip(some, decode_each(self.vqgan, codes)):
                     larger[i] = image
         return larger
@@ -450,7 +473,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Stage III: make the drawn picture larger; or this one, which shows --prompt TEXT")
     parser.add_argument("--prompt", dest="shows", metavar="TEXT", help="what the picture given to --upscale shows")
     parser.add_argument("--cascade", metavar="DIR", help="weights of train.py stage3; default: stage3 in --weights")
-    parser.add_argument("--heads", type=int, metavar="K", help="Eq. 2: codes a pass, 0: of all heads; default: 0, to upscale 1")
+    parser.add_argument("--heads", type=int, metavar="K",
+                        help="Eq. 2: codes a pass, 0: of all heads; default: 0, to upscale 1")
     parser.add_argument("--recipe", metavar="TITLE", help="Sec. 4.6: write the steps and draw a picture for each")
     parser.add_argument("-o", "--out", help="PNG to write, several pictures as one grid; with --recipe Markdown")
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels, of those that the weights know")
@@ -461,7 +485,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K", help="0: all tokens")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
     parser.add_argument("--best-of", type=int, metavar="N", help="draw N for each, keep the one that the prompt "
-                        f"describes best; of captions the one that the picture shows best; default: 1, captions {CAPTIONS}")
+                        "describes best; of captions the one that the picture shows best, of large pictures the one "
+                        f"nearest to the small one; default: 1, captions {CAPTIONS}, large pictures {ENLARGED}")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", metavar="DIR",
@@ -472,8 +497,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given, is_recipe = isinstance(args.upscale, str), args.recipe is not None
     if bool(args.prompt) + bool(args.caption) + given + is_recipe != 1:
         parser.error("expected a prompt, --caption IMAGE, --upscale IMAGE --prompt TEXT or --recipe TITLE, one of them")
-    args.best_of = (CAPTIONS if args.caption else 1) if args.best_of is None else args.best_of
-    args.detail = DETAIL if args.heads is None else dataclasses.replace(DETAIL, heads=args.heads)
+    if args.best_of is None:
+        args.best_of = CAPTIONS if args.caption else ENLARGED if given else 1
+    args.detail = dataclasses.replace(DETAIL, heads=(0 if args.verify else 1) if args.heads is None else args.heads)
     args.heads = args.heads or 0
     args.weights = args.weights or (TINY / "joint" if is_recipe else TINY)
     args.out = args.out or ("out.md" if is_recipe else "out.png")
@@ -511,7 +537,8 @@ def main(arguments: list[str] | None = None) -> None:
             if width * image.height != height * image.width:
                 print(f"generate.py: {args.upscale} is cropped to {width} x {height}, of the sizes that these weights "
                       "enlarge the nearest", file=sys.stderr)
-            save_image(upscaler.upscale([image], [args.shows], args.detail, args.seed)[0], args.out)
+            save_image(upscaler.upscale([image], [args.shows], args.detail, args.seed, verify=args.verify,
+                                        best_of=args.best_of)[0], args.out)
             print(f"wrote {args.out}")
             return
         painter = Painter.from_pretrained(args.weights, device)
@@ -530,7 +557,7 @@ def main(arguments: list[str] | None = None) -> None:
                              + ", ".join(f"{h}x{w}" for h, w in upscaler.sizes))
         images = painter.paint(prompts, sampling, args.seed, verify=args.verify, best_of=args.best_of, size=size)
         if args.upscale:
-            images = upscaler.upscale(images, prompts, args.detail, args.seed)
+            images = upscaler.upscale(images, prompts, args.detail, args.seed, verify=args.verify, best_of=ENLARGED)
         save_image(grid(images, columns=args.num if args.num > 1 < len(args.prompt) else 8), args.out)
         print(f"wrote {args.out}")
 

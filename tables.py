@@ -24,7 +24,7 @@ from checkpoint import one_line_errors, write_json
 from data import save_image, to_pixels
 from distributed import ready_device
 from evaluate import CELL, perplexity, questions
-from generate import TINY, Painter, Sampling
+from generate import ENLARGED, TINY, Painter, Sampling
 from vqgan import VQGAN
 
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}           # Student's t for the mean of so many seeds
@@ -78,7 +78,7 @@ def score(painter: Painter, judge: VQGAN, n: int, seed: int, things: int | None 
     texts, cell = [text for _, text, _ in asked], CELL
     images = small = painter.paint(texts, Sampling(), seed)
     if upscaler:
-        images = upscaler.upscale(images, texts, seed=seed)
+        images = upscaler.upscale(images, texts, seed=seed, best_of=ENLARGED)
         cell = CELL * images[0].width // small[0].width
         small = [image.resize(before.size, Image.Resampling.BOX) for image, before in zip(images, small)]
     found = [check(image, world.parse(text), cell) for image, text in zip(images, texts)]

@@ -224,7 +224,7 @@ PRESETS = {
         language=None,                   # goes on from tiny's
         codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
         codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
-        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(3000, 8, 1.5e-3)},
+        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(8000, 8, 1.5e-3)},
         pictures=24_000, ahead=16),
     "nano": Preset(
         language=small(128, 4, 4),

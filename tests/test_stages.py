@@ -276,6 +276,25 @@ def test_one_head_draws_as_head_1_alone_and_the_seed_decides(runs):
     assert alone.upscale([image], ["x"], one)[0].tobytes() == painter.upscale([image], ["x"], one)[0].tobytes()
 
 
+def test_a_verified_large_picture_is_the_one_of_head_1_alone(runs):
+    painter, image, passes = Painter.from_pretrained(runs / "stage3"), Image.new("RGB", (96, 96), "red"), []
+    painter.model.norm.register_forward_hook(lambda *_: passes.append(1))
+    certain = Sampling(cfg=1.0, temperature=0.0)
+    alone = painter.upscale([image], ["x"], dataclasses.replace(certain, heads=1))[0]
+    of_one = len(passes)
+    verified = painter.upscale([image], ["x"], certain, verify=True)[0]
+    assert verified.tobytes() == alone.tobytes() and of_one == 144 and len(passes) - of_one <= 144
+
+
+def test_of_several_large_pictures_the_one_stays_that_is_nearest_to_the_small_one_when_made_small_again(runs):
+    painter, image = Painter.from_pretrained(runs / "stage3"), Image.new("RGB", (96, 96), "red")
+    certain, varied = (Sampling(cfg=1.0, temperature=t, heads=1) for t in (0.0, 0.6))
+    made = [painter.upscale([image], ["x"], varied if seed else certain, seed=seed)[0] for seed in range(3)]
+    nearest = max(made, key=lambda large: psnr([large.resize((96, 96), Image.Resampling.BICUBIC)], [image]))
+    assert painter.upscale([image], ["x"], certain, best_of=3)[0].tobytes() == nearest.tobytes()
+    assert len({large.tobytes() for large in made}) == 3
+
+
 def test_tables_2_and_4_score_each_stage_that_there_is(runs, tmp_path, capsys):
     two, out = tmp_path / "two", tmp_path / "table.json"
     shutil.copytree(runs / "stage2", two)
