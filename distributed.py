@@ -68,8 +68,8 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Not in the paper: glibc returns the memory of a tensor over 32 MB as soon as it is freed, and the kernel clears it
-    anew for the next one, which can take as long as the arithmetic. This tells glibc to keep it; elsewhere it does
+    """Not in the paper: glibc returns the memory of a tensor over 32 MB as soon as it is freed, and the kernel clears
+    it anew for the next one, which can take as long as the arithmetic. This tells glibc to keep it; elsewhere it does
     nothing."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

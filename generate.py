@@ -107,7 +107,7 @@ def code_logits(model: MARS, hidden: Tensor, k: int, sampling: Sampling) -> Tens
 
 
 def in_raster_order(codes: Tensor, size: tuple[int, int], low: Tensor | None) -> Tensor:
-    """Sec. 3.4, Stage III: codes (B, h * w) as they are written -> row by row. low: codes of a small picture, if any."""
+    """Sec. 3.4, Stage III: codes (B, h * w) as they are written -> row by row. low: codes of the small picture."""
     return codes if low is None else codes[:, interlaced(size, low.shape).argsort()]
 
 

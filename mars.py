@@ -199,7 +199,7 @@ class MARS(nn.Module):
         With K > 1, Eq. 2: the mean over K heads; head k > 1 is asked for z_{t+k} only inside pictures, and counts 0
         elsewhere. Memory does not grow with K: each head's work is dropped and done again in the backward pass.
         With `phase` (ours) heads 2 to K are asked at every K-th token from there on, as when they draw, and count as
-        much as head 1 does: K heads then cost two. chunk: rows whose logits exist at a time; None: as many as make LOGITS.
+        much as head 1 does: K heads then cost two. chunk: rows whose logits exist at a time; None: LOGITS of them.
         """
         hidden, K = self.hidden(tokens), self.config.ahead                             # (B, T, D)
         chunk = chunk or max(1, LOGITS // self.vocabulary.size)
@@ -262,7 +262,8 @@ class MARS(nn.Module):
         """Not in the paper: while training, rows of codes that lie close in the codebook (codes, d) learn together,
         see `SharedRows`. The outputs stay as they are."""
         for table in (self.visual_embedding, self.vision_head):
-            parametrize.register_parametrization(table, "weight", SharedRows(table.weight.detach(), places_of(codebook)))
+            rows = SharedRows(table.weight.detach(), places_of(codebook))
+            parametrize.register_parametrization(table, "weight", rows)
 
     def folded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Not in the paper: the tensors `state` of this model, with shared rows added to the tables; names and shapes
