@@ -175,6 +175,7 @@ def test_what_the_readme_says_of_the_runs_and_of_their_weights_is_what_was_measu
     wide = [100 * share for (task, _, language, what), share in last.items()
             if "x" in task and (language, what) == ("both", "all")]
     said.append(f"{min(wide):.0f}% to {max(wide):.0f}% of the time, against {100 * last[asked]:.0f}%")
+    said.append(f"96 x 128 is {100 * (last[asked] - last['drawing 96x128', *asked[1:]]):.1f} points behind")
     now = [f"{100 * again[task, split, 'both', what]:.0f}%" for task, split, what in (
         ("drawing", "unseen combinations", "all"), ("drawing", "held-out pairs", "all"), ("captioning", "seen pairs", "exact"),
         ("captioning, best of 8", "seen pairs", "exact"))]
