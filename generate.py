@@ -486,7 +486,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P", help="1: all tokens")
     parser.add_argument("--best-of", type=int, metavar="N", help="draw N for each, keep the one that the prompt "
                         "describes best; of captions the one that the picture shows best, of large pictures the one "
-                        f"nearest to the small one; default: 1, captions {CAPTIONS}, large pictures {ENLARGED}")
+                        f"nearest to the small one; default: 1, captions {CAPTIONS}, --upscale IMAGE {ENLARGED}")
     parser.add_argument("--verify", action="store_true", help="a model of K heads: let head 1 check the others' drafts")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--weights", metavar="DIR",

@@ -254,6 +254,12 @@ def test_a_picture_drawn_or_given_comes_out_larger(runs, tmp_path, capsys):
         generate.main(["--upscale", str(tmp_path / "mine.png"), "--prompt", "a red circle", *weights, "-o", str(out),
                        "--heads", heads])
         assert Image.open(out).size == (192, 192)
+    pictures = []
+    for how in ([], ["--verify"]):                              # at temperature 0 the same picture, in fewer passes
+        generate.main(["--upscale", str(tmp_path / "mine.png"), "--prompt", "a red circle", *weights, "-o", str(out),
+                       "--best-of", "1", *how])
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
     assert "belong together" in refused(capsys, "--upscale", tmp_path / "mine.png")
     assert "stage3: not found" in refused(capsys, "a red circle", "--upscale", "--weights", runs / "stage2")
     assert "expected those of train.py stage3" in refused(

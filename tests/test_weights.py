@@ -161,14 +161,15 @@ def test_of_eight_captions_the_one_whose_picture_is_likeliest_is_more_often_true
 def test_what_the_readme_says_of_the_runs_and_of_their_weights_is_what_was_measured():
     runs = json.loads((ROOT / "results" / "training.json").read_text())          # the last line of each run's metrics
     loss = {stage: f"loss {run['loss of the last 100 steps']:.3f}" for stage, run in runs.items() if "vqgan" not in stage}
-    one, two, again, last = ({(row["task"], row["split"], row["language"], row["what"]): row["share"]
+    one, two, round2, last = ({(row["task"], row["split"], row["language"], row["what"]): row["share"]
                        for row in json.loads(path.read_text())["rows"]}
                       for path in (*(ROOT / "results" / f"{name}.json" for name in ("stage1", "stage2", "stage2-again")),
                                     TINY / "report.json"))
     asked, flat = ("drawing", "seen pairs", "both", "all"), " ".join(README.split())
     said = [f"PSNR {runs['vqgan']['psnr']:.1f} dB", f"{loss['text']}, questions {100 * runs['text']['look_up']:.1f}%",
             f"{loss['stage1']}, {100 * one[asked]:.1f}% of 300", f"{loss['stage2']}, {100 * two[asked]:.1f}% of 300",
-            f"{loss['stage2, again']}, {100 * again[asked]:.1f}% of 300", f"{loss['joint']} |", f"of which {100 * last[asked]:.0f}% of square pictures are right",
+            f"{loss['stage2, again']}, {100 * round2[asked]:.1f}% of 300", f"{loss['joint']} |",
+            f"of which {100 * last[asked]:.0f}% of square pictures are right",
             f"PSNR {runs['vqgan, cascade']['psnr']:.1f} dB", f"{loss['stage3']}, "]
     said += [f"| `{stage}`{again} | {run['step'] + 1:,} |" for name, run in runs.items()
              for stage, _, again in [name.partition(",")] for again in ["," * bool(again) + again]]
@@ -176,7 +177,7 @@ def test_what_the_readme_says_of_the_runs_and_of_their_weights_is_what_was_measu
             if "x" in task and (language, what) == ("both", "all")]
     said.append(f"{min(wide):.0f}% to {max(wide):.0f}% of the time, against {100 * last[asked]:.0f}%")
     said.append(f"96 x 128 is {100 * (last[asked] - last['drawing 96x128', *asked[1:]]):.1f} points behind")
-    now = [f"{100 * again[task, split, 'both', what]:.0f}%" for task, split, what in (
+    now = [f"{100 * round2[task, split, 'both', what]:.0f}%" for task, split, what in (
         ("drawing", "unseen combinations", "all"), ("drawing", "held-out pairs", "all"), ("captioning", "seen pairs", "exact"),
         ("captioning, best of 8", "seen pairs", "exact"))]
     said.append("{} of unseen combinations and {} of held-out pairs right, captions {}, best of 8 {}".format(*now))
