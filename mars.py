@@ -319,8 +319,8 @@ class MARS(nn.Module):
     @classmethod
     def from_earlier_stage(cls, earlier: "MARS", *, ahead: int, codebook: Tensor | None = None,
                            generator: torch.Generator | None = None) -> "MARS":
-        """Sec. 3.4, Stage III: weights of its own that start as those of Stage II, with K = `ahead` heads. Takes the
-        tensors of `earlier` over; it is not to be used any more.
+        """Sec. 3.4, Stage III: weights of its own that start as those of Stage II, or of an earlier Stage III, with K =
+        `ahead` heads, of which those that `earlier` has go on. Takes its tensors over; it is not to be used any more.
 
         codebook: (codes, d) of another codec, as for the small sizes: the rows of its codes start anew.
         """
@@ -328,8 +328,9 @@ class MARS(nn.Module):
         rows = [f"{name}.weight" for name in VISUAL_TABLES]
         with torch.device("meta"):
             model = cls(dataclasses.replace(earlier.config, codes=codes, ahead=ahead))
+        known = model.state_dict()
         for name, tensor in earlier.state_dict().items():
-            if (codebook is None or name not in rows) and not name.startswith("visual_ahead."):
+            if name in known and (codebook is None or name not in rows):
                 model._put(name, tensor)
         model._grow(codebook, generator)
         if codebook is not None:
@@ -449,20 +450,28 @@ def count_parameters(config: MARSConfig) -> tuple[int, int]:
     return sum(n for visual, n in sizes if not visual), sum(n for visual, n in sizes if visual)
 
 
+def training_memory(frozen: int, trained: int, gpus: int) -> tuple[float, float]:
+    """Not in the paper: bytes on each GPU, before activations, for so many parameters, as `train.py` trains them: by
+    DDP, where what is frozen stays bfloat16, and with --shard, where all is float32. AdamW keeps two moments."""
+    return 2 * frozen + 16 * trained, (4 * frozen + 16 * trained) / gpus
+
+
 def forecast(config: MARSConfig, gpus: int = 8, rows: int = 64 * 330) -> dict[str, float]:
     """Not in the paper: bytes a GPU needs in training, before activations, for each way to train; and the logits'.
 
-    AdamW keeps 12 bytes a trainable parameter (float32 master copy and two moments). rows: tokens in a batch of 64
-    pairs of 256 x 256 pixels.
+    Under ZeRO weights and gradients are bfloat16, and AdamW keeps 12 bytes a trainable parameter (float32 master copy
+    and two moments). rows: tokens in a batch of 64 pairs of 256 x 256 pixels.
     """
     frozen, trained = count_parameters(config)
     if not config.visual_experts:
         frozen, trained = 0, frozen + trained
     weights, gradients, optimiser = 2 * (frozen + trained), 2 * trained, 12 * trained
     chunk = max(1, LOGITS // config.vocabulary.size)
-    return {"DDP, float32 AdamW": 2 * frozen + 16 * trained,
+    ddp, sharded = training_memory(frozen, trained, gpus)
+    return {"DDP, float32 AdamW": ddp,
+            f"train.py --shard, all float32, {gpus} GPUs": sharded,
             f"sharded optimiser (ZeRO-1), {gpus} GPUs": weights + gradients + optimiser / gpus,
-            f"fully sharded (ZeRO-3, the paper's), {gpus} GPUs": (weights + gradients + optimiser) / gpus,
+            f"all sharded (ZeRO-3, the paper's), {gpus} GPUs": (weights + gradients + optimiser) / gpus,
             "logits whole, float32": 4 * rows * config.vocabulary.size,
             f"logits in chunks of {chunk}": 4 * min(rows, chunk) * config.vocabulary.size}
 

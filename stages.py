@@ -22,7 +22,7 @@ from data import (Codes, Encoding, RecipePictures, World, collate, encode, fit, 
 from distributed import Spread, whole_state
 from evaluate import accuracy, judge_recipe, look_up, recipe_accuracy
 from generate import DETAIL, Painter, load_stage, save_recipe
-from mars import MARS, MARSConfig, count_parameters
+from mars import MARS, MARSConfig, count_parameters, training_memory
 from recipes import sample as sample_recipe
 from recipes import text_of
 from tokenizer import Tokenizer, load_tokenizer
@@ -58,8 +58,9 @@ class Preset:
     documents: int = 20_000       # texts that the tokenizer learns its tokens from
     caption_share: float = 0.5    # of pairs used for captioning; ours, the paper gives none
     frames: tuple = ((6, 6, 16),)        # codec and Stage I: rows, cols and pixels a cell
-    aspects: tuple = 2 * ((6, 6, 16), (6, 8, 16), (6, 12, 16)) + ((8, 6, 16), (12, 6, 16))        # Stage II: wide ones,
-    # whose rows have another length than Stage I's, are harder and come twice as often as tall ones
+    aspects: tuple = 2 * ((6, 6, 16), (6, 8, 16), (6, 12, 16)) + ((6, 8, 16), (8, 6, 16), (12, 6, 16))    # Stage II:
+    # wide ones, whose rows have another length than Stage I's, are harder and come more often than tall ones; rows of
+    # 8 most of all, as no code of theirs lies where one of a row of 6, or of twice 6, does
     large: tuple = ((6, 6, 32),)         # Stage III: the large pictures
     long_side: int = 192                 # Stage III: of the large pictures, in pixels
     ahead: int = 4                       # Stage III: K of Eq. 2
@@ -378,7 +379,7 @@ class Stage3(Stage2):
     inputs = ("init", "vqgan")
 
     def start(self) -> None:
-        """Loads Stage II; a codec of its own, where --vqgan names another one, brings rows of its own."""
+        """Loads Stage II, or an earlier Stage III; another codec, where --vqgan names one, brings rows of its own."""
         args, preset = self.args, self.preset
         earlier, vqgan, self.tokenizer = load_stage(args.init)
         own = VQGAN.from_pretrained(args.vqgan) if args.vqgan else vqgan
@@ -490,14 +491,11 @@ STAGES = {"vqgan": VQGANStage, "text": TextStage, "stage1": Stage1, "stage2": St
 
 
 def check_memory(config: MARSConfig, gpus: int, memory: int, shard: bool, trains_language: bool = False) -> str:
-    """The forecast for one GPU, before activations. Raises ValueError, one line, where it is more than its `memory`.
-
-    Sharded, all weights are float32 and every GPU holds its part of them, of the gradients and of AdamW's moments.
-    """
+    """The forecast for one GPU, before activations. Raises ValueError, one line, where it is more than its `memory`."""
     frozen, trained = count_parameters(config)
     if trains_language or not config.visual_experts:
         frozen, trained = 0, frozen + trained
-    ddp, sharded = 2 * frozen + 16 * trained, (4 * frozen + 16 * trained) / gpus
+    ddp, sharded = training_memory(frozen, trained, gpus)
     need, way = (sharded, "--shard") if shard else (ddp, "DDP")
     line = f"forecast: {way} on {gpus} GPUs of {memory / 1e9:.0f} GB takes {need / 1e9:.1f} GB of each"
     if need > memory and not shard and sharded < memory:

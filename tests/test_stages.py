@@ -222,6 +222,18 @@ def test_the_cascade_starts_as_stage_ii_and_rows_of_another_codebook_start_anew(
     assert torch.equal(other(torch.tensor([[1, 2]]))[..., :42], mars(torch.tensor([[1, 2]]))[..., :42])
 
 
+def test_a_longer_stage_iii_goes_on_with_the_heads_that_the_earlier_one_had(mars):
+    first = MARS.from_earlier_stage(mars, ahead=3)
+    with torch.no_grad():
+        for parameter in first.visual_ahead.parameters():
+            parameter.fill_(0.5)
+    hidden, third = torch.randn(2, mars.config.width), first.visual_ahead[1]
+    more = MARS.from_earlier_stage(first, ahead=5, generator=torch.Generator())
+    assert torch.equal(more.ahead(hidden, 3), third(hidden)) and not torch.equal(more.ahead(hidden, 3), hidden)
+    assert torch.equal(more.ahead(hidden, 5), hidden)                      # a new head starts as none
+    assert len(MARS.from_earlier_stage(more, ahead=2).visual_ahead) == 1
+
+
 def test_heads_asked_at_every_kth_token_cost_two_and_none_is_left_without_gradient(mars):
     tokens = torch.tensor([[1, 58, 45, 43, 42, 44, 45, 59]])
     is_target = tokens >= 42

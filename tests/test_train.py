@@ -20,7 +20,7 @@ import train
 import world
 from data import Codes
 from generate import Painter, Sampling
-from mars import MARS, is_visual
+from mars import MARS, count_parameters, is_visual, training_memory
 from train import PRESETS, Recipe, learning_rate
 
 
@@ -305,7 +305,8 @@ def test_the_forecast_says_what_to_pass_where_ddp_does_not_fit():
 def test_the_readmes_memory_table_is_the_forecast():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for name, cells in (("qwen2.5-0.5b", "0.49 + 0.35 billion | 6.6 GB"), ("qwen-7b", "7.72 + 6.01 billion | 111.5 GB")):
-        frozen, trained = stages.count_parameters(train.SIZES[name])
-        assert f"{frozen / 1e9:.2f} + {trained / 1e9:.2f} billion | {(2 * frozen + 16 * trained) / 1e9:.1f} GB" == cells
+        frozen, trained = count_parameters(train.SIZES[name])
+        ddp, _ = training_memory(frozen, trained, 8)
+        assert f"{frozen / 1e9:.2f} + {trained / 1e9:.2f} billion | {ddp / 1e9:.1f} GB" == cells
         assert cells in readme
     assert "takes 15.9 GB of each" in stages.check_memory(train.SIZES["qwen-7b"], 8, 80 * 10 ** 9, shard=True)
