@@ -98,15 +98,21 @@ def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int
     return rows
 
 
+def is_exact(caption: str, scene: world.Scene) -> bool:
+    """Whether a caption is true of a scene throughout and names all of it; False where it says nothing that can be
+    read."""
+    try:
+        return world.holds(world.parse(caption), world.claim_of(scene))
+    except ValueError:
+        return False
+
+
 def reading(painter: Painter, n: int, seed: int, things: int | None, best_of: int = 1) -> list[dict]:
     """Captions n renders of unseen scenes of seen pairs -> the row of exact ones: true throughout, naming all."""
     scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things, painter.sizes[0])]
-    task, marks = "captioning" if best_of == 1 else f"captioning, best of {best_of}", []
-    for scene, text in zip(scenes, painter.describe([world.render(scene) for scene in scenes], best_of=best_of)):
-        try:
-            marks.append(world.holds(world.parse(text), world.claim_of(scene)))
-        except ValueError:                                       # the caption says nothing that can be read
-            marks.append(False)
+    task = "captioning" if best_of == 1 else f"captioning, best of {best_of}"
+    texts = painter.describe([world.render(scene) for scene in scenes], best_of=best_of)
+    marks = [is_exact(text, scene) for text, scene in zip(texts, scenes)]
     return [counted({"task": task, "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
 
 
