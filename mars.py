@@ -93,16 +93,22 @@ class SharedRows(nn.Module):
     A row is a target some dozen times in a small run; what moves `shared` is learned once for all red codes, for all
     circles, and also for the red circle that no caption names. It starts at zero, so the rows start as they are, and
     `MARS.folded` adds the two up when weights are written: what draws knows nothing of it.
+
+    own: whether a row may also move by itself. In the vision head it may not where some codes have no caption, or each
+    of these would learn just that, however well what it looks like is known.
     """
 
-    def __init__(self, table: Tensor, places: Tensor):
+    def __init__(self, table: Tensor, places: Tensor, own: bool):
         super().__init__()
+        self.own = own
         self.register_buffer("places", places.to(table), persistent=False)             # (codes, d)
         self.shared = nn.Parameter(table.new_zeros(places.shape[1], table.shape[1]))   # (d, D)
 
     def forward(self, table: Tensor) -> Tensor:
         """table (V_v, D) -> rows (V_v, D); those of special tokens and padding as they are."""
         shared = self.places.to(self.shared) @ self.shared
+        if not self.own:
+            table = torch.cat((table[:len(shared)].detach(), table[len(shared):]))
         return table + F.pad(shared, (0, 0, 0, len(table) - len(shared)))
 
 
@@ -259,10 +265,11 @@ class MARS(nn.Module):
             parameter.requires_grad_(is_visual(name) or not self.config.visual_experts)
 
     def share_rows(self, codebook: Tensor) -> None:
-        """Not in the paper: while training, rows of codes that lie close in the codebook (codes, d) learn together,
-        see `SharedRows`. The outputs stay as they are."""
-        for table in (self.visual_embedding, self.vision_head):
-            rows = SharedRows(table.weight.detach(), places_of(codebook))
+        """Not in the paper: while training, rows of codes that lie close in the codebook (codes, d) learn together, see
+        `SharedRows`; in the vision head, where there are `uncaptioned` codes, only so. The outputs stay as they are."""
+        places = places_of(codebook)
+        for table, own in ((self.visual_embedding, True), (self.vision_head, self.uncaptioned is None)):
+            rows = SharedRows(table.weight.detach(), places, own)
             parametrize.register_parametrization(table, "weight", rows)
 
     def folded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -404,13 +411,20 @@ class MARS(nn.Module):
         save_folder(directory, self, self.folded(self.state_dict()) if state is None else state)
 
 
-def places_of(codebook: Tensor) -> Tensor:
-    """Not in the paper: where each code of a codebook (codes, d) lies among the others -> (codes, d), rows of length 1.
+def places_of(codebook: Tensor, d: int = 384, width: float = 0.7) -> Tensor:
+    """Not in the paper: where each code of a codebook (codes, n) lies among the others -> (codes, up to d), rows of
+    length 1. Codes that look alike lie close; a linear map of the places can still tell them apart.
 
-    By principal components, the large ones held down to the square root of their spread, or colour drowns texture.
+    Principal components, the large ones held down to the square root of their spread, or colour drowns texture; of
+    these, the first d kernel principal components with a Gaussian of this width.
     """
     centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
     components, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    near = F.normalize(components * spread.sqrt(), dim=1)
+    kernel = torch.exp((near @ near.T - 1) / width ** 2)                               # of |a - b|^2 = 2 - 2 a b
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        components, spread, _ = torch.svd_lowrank(kernel, min(d, len(kernel)), niter=3)
     return F.normalize(components * spread.sqrt(), dim=1)
 
 

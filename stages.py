@@ -217,8 +217,6 @@ class Stage1(NextToken):
     def __init__(self, args, preset: Preset):
         self.args, self.recipe, self.preset = args, args.recipe, preset
         self.start()
-        if preset.look_alike:
-            self.model.share_rows(self.vqgan.quantize.embedding.weight)
         if args.ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(args.ranks.device).total_memory
             forecast = check_memory(self.model.config, args.ranks.count, memory, args.shard, self.trains_language)
@@ -228,6 +226,8 @@ class Stage1(NextToken):
         self.read()
         missing = self.uncaptioned()
         self.model.uncaptioned = missing if missing.any() else None
+        if preset.look_alike:
+            self.model.share_rows(self.vqgan.quantize.embedding.weight)
         if not self.trains_language:
             self.model.freeze_language()
         self.spread()

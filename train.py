@@ -49,9 +49,11 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Sec. 4.1: AdamW over what is trainable, and nothing else; weight decay on matrices alone."""
+    """Sec. 4.1: AdamW over what is trainable, and nothing else; weight decay on matrices alone, not on codebooks nor on
+    the rows that `SharedRows` adds to."""
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    decays = {name: p.ndim >= 2 and "quantize." not in name for name, p in parameters.items()}
+    decays = {name: p.ndim >= 2 and "quantize." not in name and not name.endswith(".original")
+              for name, p in parameters.items()}
     groups = [{"params": [p for name, p in parameters.items() if decays[name]], "weight_decay": recipe.weight_decay},
               {"params": [p for name, p in parameters.items() if not decays[name]], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
