@@ -416,7 +416,7 @@ def places_of(codebook: Tensor, d: int = 384, width: float = 0.7) -> Tensor:
     length 1. Codes that look alike lie close; a linear map of the places can still tell them apart.
 
     Principal components, the large ones held down to the square root of their spread, or colour drowns texture; of
-    these, the first d kernel principal components with a Gaussian of this width.
+    these, the first d components of a Gaussian kernel of this width.
     """
     centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
     components, spread, _ = torch.linalg.svd(centred, full_matrices=False)

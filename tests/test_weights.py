@@ -230,13 +230,21 @@ def test_readme_shows_the_shipped_report_of_recipes():
 
 
 def test_readme_says_what_nano_reaches():
-    rows = {(row["split"], row["what"]): row for row in json.loads((ROOT / "results" / "nano.json").read_text())["rows"]
-            if row["language"] == "both"}
-    whole, flat = rows["seen pairs", "all"], " ".join(README.split())
-    assert [rows["seen pairs", key]["share"] for key in ("texture", "exact")] == [1, 1] and whole["n"] == 200
-    low, share, high = (round(100 * whole[key]) for key in ("low", "share", "high"))
-    assert f"{share}% of pictures all-correct, {low}% to {high}%" in flat and share >= 80
-    assert f"that no caption ever named, {100 * rows['held-out pairs', 'all']['share']:.0f}%" in flat
+    plain, guided = ({(row["split"], row["what"]): row for row in
+                      json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"] if row["language"] == "both"}
+                     for name in ("nano", "nano-guidance"))
+    seen, held_out = (plain[split, "all"] for split in ("seen pairs", "held-out pairs"))
+    assert plain["seen pairs", "exact"]["share"] == 1 and seen["n"] == 200
+    assert seen["share"] >= 0.8 and held_out["share"] >= 0.7
+    percent, flat = (lambda row, *keys: [f"{100 * row[key]:.0f}%" for key in keys]), " ".join(README.split())
+    bounds = "share", "low", "high"
+    for text in ("all captions are right, and {} of pictures all-correct, {} to {} with".format(*percent(seen, *bounds)),
+                 "that no caption ever named, {}, {} to {}.".format(*percent(held_out, *bounds)),
+                 "`nano` draws {} of held-out pairs".format(*percent(held_out, "share")),
+                 "`nano` is right {} of the time at 2".format(*percent(guided["seen pairs", "all"], "share")),
+                 "With guidance 2 it is {} and {}".format(
+                     *(percent(guided[split, "all"], "share")[0] for split in ("seen pairs", "held-out pairs")))):
+        assert text in flat, text
 
 
 def test_readme_shows_the_shipped_report():
