@@ -357,6 +357,7 @@ class MARS(nn.Module):
         text_head = self.text_embedding if self.text_head is None else self.text_head
         spread = {"visual_embedding.weight": (self.text_embedding.weight, 1.0),
                   "vision_head.weight": (text_head.weight, 0.5)}       # half: the first loss stays near equal rows'
+        places = None if codebook is None else places_of(codebook)
         for name, parameter in list(self.named_parameters()):
             if not parameter.is_meta:
                 continue
@@ -364,9 +365,9 @@ class MARS(nn.Module):
                 rows, scale = spread[name]
                 mean = sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)          # never a float32 copy
                 tensor = mean.expand(parameter.shape)
-                if codebook is not None:
+                if places is not None:
                     squares = sum((part - mean).square().sum(0) for part in rows.split(4096))
-                    apart = look_alike(codebook, *parameter.shape, generator).to(rows.device)
+                    apart = look_alike(places, *parameter.shape, generator).to(rows.device)
                     tensor = tensor + scale * (squares / len(rows)).sqrt() * apart
                 self._put(name, tensor.to(rows.dtype, copy=True).contiguous())
             elif name.startswith("visual_ahead."):
@@ -421,21 +422,20 @@ def places_of(codebook: Tensor, d: int = 384, width: float = 0.7) -> Tensor:
     centred = codebook.detach().float().cpu() - codebook.detach().float().cpu().mean(0)
     components, spread, _ = torch.linalg.svd(centred, full_matrices=False)
     near = F.normalize(components * spread.sqrt(), dim=1)
-    kernel = torch.exp((near @ near.T - 1) / width ** 2)                               # of |a - b|^2 = 2 - 2 a b
+    kernel = torch.exp((near @ near.T - 1) / width ** 2)     # exp(-|a - b|^2 / 2 width^2), as rows have length 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         components, spread, _ = torch.svd_lowrank(kernel, min(d, len(kernel)), niter=3)
     return F.normalize(components * spread.sqrt(), dim=1)
 
 
-def look_alike(codebook: Tensor, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+def look_alike(places: Tensor, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
     """Not in the paper: (rows, width) of variance 1, in which codes that look alike lie close together.
 
     Rows that start equal have to be told apart one by one; so started, what is learned of one red code holds for all
-    red ones, and a small model binds colours in hundreds of steps, not thousands. Rows are the codes' `places_of`
-    turned to `width` numbers at random. Special tokens and padding lie anywhere.
+    red ones, and a small model binds colours in hundreds of steps, not thousands. Rows are the codes' `places_of`,
+    (codes, d), turned to `width` numbers at random. Special tokens and padding lie anywhere.
     """
-    places = places_of(codebook)
     apart = torch.randn(rows, width, generator=generator)
     apart[:len(places)] = places @ torch.randn(places.shape[1], width, generator=generator)
     return apart

@@ -256,7 +256,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
     parser.add_argument("--vqgan", metavar="DIR", help="stage1: the codec; stage3: another one than in --init")
     parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
-    parser.add_argument("--init", default=TINY, metavar="DIR", help="stage2, stage3, joint: the stage before")
+    parser.add_argument("--init", default=TINY, metavar="DIR",
+                        help="stage2, stage3, joint: the stage before, or an earlier run of this one")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="instead of the preset's")
     parser.add_argument("--lr", type=float, help="instead of the preset's")

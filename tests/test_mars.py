@@ -212,7 +212,7 @@ def test_codes_that_look_alike_start_alike_in_both_visual_tables():
         rows = table.weight[:40] - text.weight.mean(0)
         likeness = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
         same = torch.arange(40)[:, None] // 10 == torch.arange(40) // 10
-        assert likeness[same].mean() > likeness[~same].mean() + 0.5
+        assert likeness[same].mean() > 0.6 and likeness[~same].mean() < 0.15
         assert table.weight.std() < 1.5 * text.weight.std()
 
 

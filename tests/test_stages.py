@@ -23,15 +23,19 @@ from test_data import CODES, END, IMG, UNCOND, VOCABULARY
 from train import PRESETS, Recipe
 
 
+def small_preset():
+    """All stages, a few steps each."""
+    small = test_train.small_preset()
+    return dataclasses.replace(small, aspects=((4, 4, 16), (4, 6, 16), (8, 4, 16)), large=((4, 4, 32),), ahead=4,
+                               recipes=small.recipes | {"stage2": Recipe(4, 8, 1e-3), "stage3": Recipe(4, 4, 1e-3)})
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The --out of every stage, a few steps each, in one command."""
     out = tmp_path_factory.mktemp("runs")
-    small = test_train.small_preset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "test", dataclasses.replace(
-            small, aspects=((4, 4, 16), (4, 6, 16), (8, 4, 16)), large=((4, 4, 32),), ahead=4,
-            recipes=small.recipes | {"stage2": Recipe(4, 8, 1e-3), "stage3": Recipe(4, 4, 1e-3)}))
+        patch.setitem(PRESETS, "test", small_preset())
         train.main(["all", "--preset", "test", "--out", str(out), "--sample-every", "4"])
     return out
 
@@ -232,6 +236,15 @@ def test_a_longer_stage_iii_goes_on_with_the_heads_that_the_earlier_one_had(mars
     assert torch.equal(more.ahead(hidden, 3), third(hidden)) and not torch.equal(more.ahead(hidden, 3), hidden)
     assert torch.equal(more.ahead(hidden, 5), hidden)                      # a new head starts as none
     assert len(MARS.from_earlier_stage(more, ahead=2).visual_ahead) == 1
+
+
+def test_stage_iii_goes_on_from_the_folder_that_it_wrote(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "test", small_preset())
+    first, out = runs / "stage3", tmp_path / "more"
+    train.main(["stage3", "--preset", "test", "--init", str(first), "--steps", "1", "--lr", "1e-9", "--out", str(out)])
+    before, after = MARS.from_pretrained(first).state_dict(), MARS.from_pretrained(out).state_dict()
+    assert any(name.startswith("visual_ahead.") for name in after)
+    torch.testing.assert_close(after, before)                              # but for one step of hardly any length
 
 
 def test_heads_asked_at_every_kth_token_cost_two_and_none_is_left_without_gradient(mars):
