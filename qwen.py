@@ -1,220 +1,196 @@
-"""Reads Qwen's published weights (paper Sec. 3.3: "Qwen-7B, a pre-trained LLM"), in both layouts of the family.
+"""Reads Qwen's published weights (paper Sec. 3.3: "Qwen-7B, a pre-trained LLM"), in the three layouts of the family.
 
-Qwen (`transformer.h.N.attn.c_attn`: 1.8B, 7B, 14B) and Qwen2 (`model.layers.N.self_attn.q_proj`: 0.5B to 72B,
-Qwen2.5 too). Each published tensor has one place in MARS: nothing is guessed, left out or left over.
+Qwen (`transformer.h.N.attn.c_attn`: 1.8B, 7B, 14B), Qwen2 (`model.layers.N.self_attn.q_proj`: 0.5B to 72B, Qwen2.5
+too) and Qwen3 (0.6B to 32B). Each published tensor has one place in MARS: nothing is guessed, left out or left over.
 """
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import one_line_errors, read_json, write_beside, write_json
+from checkpoint import check_numbers, check_shapes, open_tensors
+from config import describe, fit
+from files import read_json
+
+PART = 2 ** 25                    # bytes, see `stream`
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one generation of Qwen names things."""
-    fields: dict[str, str]        # our MARSConfig field -> key of their config.json
-    tensors: dict[str, str]       # their tensor -> ours; "[q]", "[k]", "[v]": those rows of ours
+    """Sec. 3.3: how one generation of Qwen names its fields and tensors."""
+    sizes: dict[str, str]         # our MARSConfig field -> key of their config.json
+    fixed: dict                   # key of their config.json -> the one value, or none at all, that MARS computes
+    tensors: dict[str, str]       # their tensor -> ours; "[q]", "[k]", "[v]", "[gate]", "[up]": those rows of ours
+    qkv_bias: bool
+    qk_norm: bool = False
 
 
-QWEN = Layout(
-    fields={"width": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_attention_heads",
-            "ffn_width": "intermediate_size",          # which in this layout counts both halves, see language_config
-            "layers": "num_hidden_layers", "context": "seq_length", "text_vocab": "vocab_size",
-            "norm_eps": "layer_norm_epsilon", "rope_base": "rotary_emb_base", "tie_embeddings": "tie_word_embeddings"},
-    tensors={"transformer.wte.weight": "text_embedding.weight",
-             "transformer.h.{i}.ln_1.weight": "blocks.{i}.norm_1.weight",
-             "transformer.h.{i}.attn.c_attn.weight": "blocks.{i}.attention.qkv.weight",
-             "transformer.h.{i}.attn.c_attn.bias": "blocks.{i}.attention.qkv.bias",
-             "transformer.h.{i}.attn.c_proj.weight": "blocks.{i}.attention.out.weight",
-             "transformer.h.{i}.ln_2.weight": "blocks.{i}.norm_2.weight",
-             "transformer.h.{i}.mlp.w1.weight": "blocks.{i}.ffn.up.weight",
-             "transformer.h.{i}.mlp.w2.weight": "blocks.{i}.ffn.gate.weight",
-             "transformer.h.{i}.mlp.c_proj.weight": "blocks.{i}.ffn.down.weight",
-             "transformer.ln_f.weight": "norm.weight",
-             "lm_head.weight": "text_head.weight"})
+SIZES = {"width": "hidden_size", "heads": "num_attention_heads", "ffn_width": "intermediate_size",
+         "layers": "num_hidden_layers", "text_vocab": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
+SIZES_QWEN = SIZES | {"kv_heads": "num_attention_heads", "head_width": "kv_channels", "max_seq_len": "seq_length",
+                      "norm_eps": "layer_norm_epsilon", "rope_base": "rotary_emb_base"}
+SIZES_QWEN2 = SIZES | {"kv_heads": "num_key_value_heads", "head_width": "head_dim", "rope_base": "rope_theta",
+                       "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
 
-QWEN2 = Layout(
-    fields={"width": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
-            "ffn_width": "intermediate_size", "layers": "num_hidden_layers", "context": "max_position_embeddings",
-            "text_vocab": "vocab_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
-            "tie_embeddings": "tie_word_embeddings"},
-    tensors={"model.embed_tokens.weight": "text_embedding.weight",
-             "model.layers.{i}.input_layernorm.weight": "blocks.{i}.norm_1.weight",
-             "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attention.qkv.weight[q]",
-             "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.attention.qkv.weight[k]",
-             "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.attention.qkv.weight[v]",
-             "model.layers.{i}.self_attn.q_proj.bias": "blocks.{i}.attention.qkv.bias[q]",
-             "model.layers.{i}.self_attn.k_proj.bias": "blocks.{i}.attention.qkv.bias[k]",
-             "model.layers.{i}.self_attn.v_proj.bias": "blocks.{i}.attention.qkv.bias[v]",
-             "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attention.out.weight",
-             "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.norm_2.weight",
-             "model.layers.{i}.mlp.gate_proj.weight": "blocks.{i}.ffn.gate.weight",
-             "model.layers.{i}.mlp.up_proj.weight": "blocks.{i}.ffn.up.weight",
-             "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.ffn.down.weight",
-             "model.norm.weight": "norm.weight",
-             "lm_head.weight": "text_head.weight"})
+FIXED = {"quantization_config": None, "partial_rotary_factor": 1.0}
+FIXED_QWEN = FIXED | {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
+FIXED_QWEN2 = FIXED | {"hidden_act": "silu", "use_sliding_window": False}
 
-LAYOUTS = {"qwen": QWEN, "qwen2": QWEN2}
-PART = 2 ** 25                    # bytes, see `stream`
+TENSORS_QWEN = {
+    "transformer.wte.weight": "text_embedding.weight",
+    "transformer.h.{i}.ln_1.weight": "blocks.{i}.norm_1.weight",
+    "transformer.h.{i}.attn.c_attn.weight": "blocks.{i}.attention.qkv.weight",
+    "transformer.h.{i}.attn.c_attn.bias": "blocks.{i}.attention.qkv.bias",
+    "transformer.h.{i}.attn.c_proj.weight": "blocks.{i}.attention.out.weight",
+    "transformer.h.{i}.ln_2.weight": "blocks.{i}.norm_2.weight",
+    "transformer.h.{i}.mlp.w2.weight": "blocks.{i}.ffn.gate_up.weight[gate]",
+    "transformer.h.{i}.mlp.w1.weight": "blocks.{i}.ffn.gate_up.weight[up]",
+    "transformer.h.{i}.mlp.c_proj.weight": "blocks.{i}.ffn.down.weight",
+    "transformer.ln_f.weight": "norm.weight",
+    "lm_head.weight": "text_head.weight"}
+TENSORS = {
+    "model.embed_tokens.weight": "text_embedding.weight",
+    "model.layers.{i}.input_layernorm.weight": "blocks.{i}.norm_1.weight",
+    "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attention.qkv.weight[q]",
+    "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.attention.qkv.weight[k]",
+    "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.attention.qkv.weight[v]",
+    "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attention.out.weight",
+    "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.norm_2.weight",
+    "model.layers.{i}.mlp.gate_proj.weight": "blocks.{i}.ffn.gate_up.weight[gate]",
+    "model.layers.{i}.mlp.up_proj.weight": "blocks.{i}.ffn.gate_up.weight[up]",
+    "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.ffn.down.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "text_head.weight"}
+TENSORS_QWEN2 = TENSORS | {f"model.layers.{{i}}.self_attn.{part}_proj.bias": f"blocks.{{i}}.attention.qkv.bias[{part}]"
+                           for part in "qkv"}
+TENSORS_QWEN3 = TENSORS | {f"model.layers.{{i}}.self_attn.{part}_norm.weight":
+                           f"blocks.{{i}}.attention.{part}_norm.weight" for part in "qk"}
+
+KINDS = {"norm_eps": float, "rope_base": float, "tie_embeddings": bool}        # all other fields: int
+
+LAYOUTS = {"qwen": Layout(SIZES_QWEN, FIXED_QWEN, TENSORS_QWEN, qkv_bias=True),
+           "qwen2": Layout(SIZES_QWEN2, FIXED_QWEN2, TENSORS_QWEN2, qkv_bias=True),
+           "qwen3": Layout(SIZES_QWEN2, FIXED_QWEN2 | {"attention_bias": False}, TENSORS_QWEN3, qkv_bias=False,
+                           qk_norm=True)}
 
 
-def read_layout(directory: Path) -> tuple[Layout, dict]:
-    """The layout that a folder's `config.json` names, and our config fields (those of MARSConfig, without codes).
+def read_layout(directory: str | Path) -> tuple[Layout, dict]:
+    """Sec. 3.3: the layout that a folder's `config.json` names, and the fields of MARSConfig that it decides.
 
-    Raises ValueError, one line, for an unknown `model_type` or a field that is missing.
+    Raises ValueError, one line, for an unknown `model_type`, a key that is missing or of another type, and a variant
+    that MARS would compute wrong, such as scaled rotary embeddings or sliding windows.
     """
-    path = directory / "config.json"
+    path = Path(directory) / "config.json"
     published = read_json(path)
     kind = published.get("model_type")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise ValueError(f"{path}: model_type is {kind!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     layout = LAYOUTS[kind]
-    for name in layout.fields.values():
-        if name not in published:
-            raise ValueError(f"{path}: field {name!r} is missing, which a {kind} model needs")
-    fields = {ours: published[theirs] for ours, theirs in layout.fields.items()}
-    if layout is QWEN:
-        fields["ffn_width"] //= 2
-    return layout, fields
+    for key in ("rope_parameters", "rope_scaling"):      # of transformers 5, and of all before
+        rope = published.get(key) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"{path}: {key} is {rope!r}, expected the default rotary embedding")
+        published |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    for key, value in layout.fixed.items():
+        if published.get(key) not in (None, value):
+            raise ValueError(f"{path}: {key} is {published[key]!r}, expected {value!r}: MARS computes nothing else")
+    types = published.get("layer_types") or []
+    if not isinstance(types, list) or any(name != "full_attention" for name in types):
+        raise ValueError(f"{path}: layer_types is {types!r}, expected full_attention alone")
+    sizes = {}
+    for ours, theirs in layout.sizes.items():
+        value, kind_of = published.get(theirs, "missing"), KINDS.get(ours, int)
+        if theirs == "head_dim" and value in ("missing", None):
+            value = sizes["width"] // sizes["heads"]
+        try:
+            sizes[ours] = fit(value, kind_of)
+        except TypeError:
+            raise ValueError(f"{path}: {theirs} is {value!r}, expected {describe(kind_of)}") from None
+        if kind_of is int and value < 1:
+            raise ValueError(f"{path}: {theirs} is {value}, expected 1 or more")
+    if kind == "qwen":
+        sizes["ffn_width"] //= 2                         # in this layout it counts gate and up
+    return layout, sizes | {"qkv_bias": layout.qkv_bias, "qk_norm": layout.qk_norm}
 
 
-def tensor_table(layout: Layout, layers: int, tied: bool) -> dict[str, tuple[str, str | None]]:
-    """Their tensor -> (our tensor, rows "q", "k", "v" of it or None for all), for every layer."""
+def tensor_table(layout: Layout, layers: int, tied: bool) -> dict[str, tuple[str, str]]:
+    """Sec. 3.3: their tensor -> (our tensor, rows "q", "k", "v", "gate", "up" of it, or "" for all), for every layer.
+    tied: the text head is the embedding, so that it has no tensor of its own."""
     table = {}
     for theirs, ours in layout.tensors.items():
         if theirs == "lm_head.weight" and tied:
             continue
         ours, _, rows = ours.rstrip("]").partition("[")
         for i in range(layers if "{i}" in theirs else 1):
-            table[theirs.format(i=i)] = ours.format(i=i), rows or None
+            table[theirs.format(i=i)] = ours.format(i=i), rows
     return table
 
 
-def find_shards(directory: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a folder, sharded or single, and the tensors in each by the index.
+def find_shards(directory: Path) -> dict[str, Path]:
+    """Not in the paper: tensor -> the safetensors file of a folder that holds it, whether there is one or an index.
 
-    Raises ValueError, one line, where a shard is missing.
+    Raises ValueError, one line, where a file is missing, is not what the index says, or is outside the folder. A link
+    may only lead to `../../blobs`, where the cache of huggingface_hub has its files.
     """
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.exists():
         path = directory / "model.safetensors"
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{directory}: found neither model.safetensors nor {index.name}")
-        return {path: _names(path)}
-    shards: dict[Path, list[str]] = {}
-    for name, file in read_json(index).get("weight_map", {}).items():
-        shards.setdefault(directory / file, []).append(name)
-    for path, names in shards.items():
-        if not path.is_file():
-            raise ValueError(f"{path}: no such shard, though {index.name} lists it")
-        if set(_names(path)) != set(names):
-            odd = sorted(set(_names(path)) ^ set(names))[0]
-            raise ValueError(f"{path}: {index.name} and this shard disagree about {odd!r}")
+        return {name: path for name in _names(path)}
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index}: weight_map is missing or no object, expected tensors and their files")
+    home, shards = directory.resolve(), {}
+    for name, file in listed.items():
+        path = directory / str(file)
+        if Path(str(file)).name != file or path.resolve().parent not in (home, home.parent.parent / "blobs"):
+            raise ValueError(f"{index}: {name} is in {file!r}, expected a file of this folder")
+        shards[name] = path
+    for path in set(shards.values()):
+        odd = set(_names(path)) ^ {name for name, file in shards.items() if file == path}
+        if odd:
+            raise ValueError(f"{path}: {index.name} and this file disagree about {min(odd)!r}")
     return shards
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-
-
 def _names(path: Path) -> list[str]:
-    with _open(path) as file:
+    with open_tensors(path) as file:
         return list(file.keys())
 
 
-def stream(directory: Path, layout: Layout, shapes: dict[str, tuple], config):
-    """Yields (our tensor's name, slice of its rows, those rows of theirs), shard by shard, memory-mapped.
+def stream(directory: str | Path, layout: Layout, shapes: dict[str, tuple], config):
+    """Sec. 3.3: yields (our tensor's name, slice of its rows, those rows of theirs: a Tensor), memory-mapped.
 
     shapes: those of our tensors. A large tensor comes in parts of at most PART bytes, each from a mapping of its own:
     pages that were read count as memory until their mapping goes. All names and shapes are checked before the first
-    rows come. Raises ValueError, one line, for a tensor that is missing, unexpected or of another shape.
+    rows come. Raises ValueError, one line, for a tensor that is missing, unexpected, of another shape or not finite.
     """
     table = tensor_table(layout, config.layers, config.tie_embeddings)
-    q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
-    rows = {None: slice(None), "q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
-    shards = find_shards(directory)
-    listed = {name: path for path, names in shards.items() for name in names}
-    for name in sorted(table.keys() ^ listed.keys()):
-        where = listed.get(name, directory)
+    q, kv, F = config.heads * config.head_width, config.kv_heads * config.head_width, config.ffn_width
+    starts = {"": (0, None), "q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, F), "up": (F, 2 * F)}
+    shards = find_shards(Path(directory))
+    if config.tie_embeddings:
+        shards.pop("lm_head.weight", None)               # stored all the same, by some
+    for name in sorted(table.keys() ^ shards.keys()):
+        where = shards.get(name, directory)
         raise ValueError(f"{where}: tensor {name!r} is {'missing' if name in table else 'not one that MARS knows'}")
-    for path, names in shards.items():
-        with _open(path) as file:
-            for name in names:
-                ours, part = table[name]
-                height = len(range(*rows[part].indices(shapes[ours][0])))
-                want, have = (height, *shapes[ours][1:]), tuple(file.get_slice(name).get_shape())
-                if have != want:
-                    raise ValueError(f"{path}: {name} is {have}, expected {want}")
-    for path, names in tqdm(shards.items(), desc="reading shards", unit="shard"):
-        for name in names:
-            ours, part = table[name]
-            start, end, _ = rows[part].indices(shapes[ours][0])
+    places = {}
+    for name, path in sorted(shards.items(), key=lambda item: item[1]):
+        ours, part = table[name]
+        start, end, _ = slice(*starts[part]).indices(shapes[ours][0])
+        places[name] = start, end
+        with open_tensors(path) as file:
+            have, want = tuple(file.get_slice(name).get_shape()), (end - start, *shapes[ours][1:])
+        check_shapes(path, {name: want}, {name: have})
+    with tqdm(places.items(), desc="reading Qwen", unit="tensor", disable=None) as bar:
+        for name, (start, end) in bar:
+            ours = table[name][0]
             step = max(1, PART // (2 * math.prod(shapes[ours][1:])))               # rows, at 2 bytes a number
             for first in range(start, end, step):
                 last = min(first + step, end)
-                with _open(path) as file:
-                    yield ours, slice(first, last), file.get_slice(name)[first - start:last - start]
-
-
-# ----------------------------------------------------------------------------- weights to practise on
-
-def write_random(directory: Path, config: dict, shards: int, seed: int) -> None:
-    """Not in the paper: a folder with the real names and shapes and random numbers, of any depth, for a machine that
-    the published weights have not reached. config: the content of a published config.json, bfloat16."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", config)
-    layout, fields = read_layout(directory)
-    D, F, V = fields["width"], fields["ffn_width"], fields["text_vocab"]
-    d = D // fields["heads"]
-    q, kv = fields["heads"] * d, fields["kv_heads"] * d
-    shapes = {"text_embedding.weight": (V, D), "text_head.weight": (V, D), "qkv.weight": (q + 2 * kv, D),
-              "qkv.bias": (q + 2 * kv,), "out.weight": (D, D), "up.weight": (F, D), "gate.weight": (F, D),
-              "down.weight": (D, F)}
-    table = tensor_table(layout, fields["layers"], fields["tie_embeddings"])
-    names, weight_map = list(table), {}
-    generator = torch.Generator().manual_seed(seed)
-    for i in tqdm(range(shards), desc="writing shards", unit="shard"):
-        file, tensors = f"model-{i + 1:05d}-of-{shards:05d}.safetensors", {}
-        for name in names[i * len(names) // shards:(i + 1) * len(names) // shards]:
-            ours, rows = table[name]
-            shape = next((shape for end, shape in shapes.items() if ours.endswith(end)), (D,))
-            shape = {None: shape, "q": (q, *shape[1:]), "k": (kv, *shape[1:]), "v": (kv, *shape[1:])}[rows]
-            tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-            weight_map[name] = file
-        write_beside(directory / file, lambda p: save_file(tensors, p))
-    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Writes a folder of random weights in a published model's layout.")
-    parser.add_argument("config", type=Path, help="a published config.json")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--layers", type=int, help="instead of the config's")
-    parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command: one clear line and exit code 2 for bad input."""
-    args = parse_arguments(arguments)
-    with one_line_errors("qwen.py"):
-        config = read_json(args.config)
-        write_random(args.out, config | {"num_hidden_layers": args.layers or config.get("num_hidden_layers")},
-                     args.shards, args.seed)
-        print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()
+                with open_tensors(shards[name]) as file:
+                    rows = file.get_slice(name)[first - start:last - start]
+                    check_numbers(shards[name], name, rows)
+                    yield ours, slice(first, last), rows

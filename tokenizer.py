@@ -1,6 +1,6 @@
-"""The text tokenizer, and the vocabulary that text and pictures share (paper Sec. 3.3, Tokenization).
+"""The text tokenizers, and the joint vocabulary of text and images (paper Sec. 3.3, Tokenization).
 
-Shapes: V_t text vocabulary, V_v visual vocabulary (codes, special tokens, padding rows).
+Shapes: V_t text vocabulary, V_v visual vocabulary (image tokens, special tokens, padding rows).
 """
 import base64
 import io
@@ -12,26 +12,26 @@ from typing import Iterable
 
 import sentencepiece
 
-from checkpoint import write_beside
+from files import atomic_write, check_regular, first_line, read_json, read_text
 
 SPECIAL_TOKENS = ("<img>", "</img>", "<multi_images>", "</multi_images>", "<uncond>", "<pad>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sec. 3.3: text ids first, then the VQ-GAN's codes, then six special tokens, padded to a multiple of 8.
+    """Sec. 3.3: text ids first, then the VQ-GAN's image tokens, then six special tokens, padded to a multiple of 8.
 
-    For Qwen-7B and 8,192 codes: 151,936 + 8,192 + 6 + 2 of padding = 160,136, the paper's number.
+    For Qwen-7B and 8,192 entries: 151,936 + 8,192 + 6 + 2 of padding = 160,136, the paper's number.
     """
     text: int                     # V_t, size of the language model's vocabulary
-    codes: int                    # size of the VQ-GAN's codebook; 0: no pictures, a language model alone
+    image: int                    # entries of the VQ-GAN's codebook; 0: no images, a language model alone
 
     @property
     def visual(self) -> int:
-        """V_v: codes, special tokens and padding rows; 0 for a language model alone."""
-        if not self.codes:
+        """V_v: image tokens, special tokens and padding rows; 0 for a language model alone."""
+        if not self.image:
             return 0
-        rows = self.codes + len(SPECIAL_TOKENS)
+        rows = self.image + len(SPECIAL_TOKENS)
         return rows + -(self.text + rows) % 8
 
     @property
@@ -40,19 +40,31 @@ class Vocabulary:
         return self.text + self.visual
 
     def special(self, token: str) -> int:
-        """Id of one of SPECIAL_TOKENS. Raises ValueError for another name."""
-        return self.text + self.codes + SPECIAL_TOKENS.index(token)
+        """Id of one of SPECIAL_TOKENS."""
+        return self.text + self.image + SPECIAL_TOKENS.index(token)
 
 
-class Tokenizer:
-    """Not in the paper: a small bilingual sentencepiece model, which stands in for Qwen's tokenizer.
+def normalize(text: str) -> str:
+    """Not in the paper: text in Unicode's NFC, as Qwen reads it. Raises ValueError, one line, for bytes that were not
+    UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text {ascii(text[:60])} is not UTF-8 at character {error.start + 1}, "
+                         "expected whole Unicode characters") from None
+    return unicodedata.normalize("NFC", text)
 
-    Unigram pieces with byte fallback, so that every text has ids and comes back unchanged (in Unicode's NFC);
-    a Chinese character is always a token of its own, or attributes would fuse with their neighbours.
+
+class TextTokenizer:
+    """Not in the paper: a small sentencepiece model for language models of one's own, in place of Qwen's tokenizer.
+
+    Unigram pieces with byte fallback: every text has ids and comes back unchanged, in NFC. A Chinese character is
+    always a token of its own, or words would fuse with their neighbours.
     """
     FILE = "tokenizer.model"
 
     def __init__(self, model: bytes):
+        """model: the content of a tokenizer.model."""
         self.model = model
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
 
@@ -66,100 +78,109 @@ class Tokenizer:
         return self.pieces.eos_id()
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids in [0, V_t)."""
-        return self.pieces.encode(unicodedata.normalize("NFC", text))
+        """Text -> ids in [0, V_t). Raises ValueError for lone surrogates."""
+        return self.pieces.encode(normalize(text))
 
     def decode(self, ids: list[int]) -> str:
         """Ids in [0, V_t) -> text; control tokens leave no trace."""
         return self.pieces.decode(list(ids))
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int = 1024) -> "Tokenizer":
-        """Learns at most `size` pieces from `texts`; the same texts give the same bytes."""
-        texts = [unicodedata.normalize("NFC", text) for text in texts]
-        chinese = sorted({c for text in texts for c in text if "\u4e00" <= c <= "\u9fff"})
+    def train(cls, texts: Iterable[str], size: int = 1024) -> "TextTokenizer":
+        """Learns at most `size` pieces, or as many as the characters of `texts` need; the same texts give the same
+        bytes. Raises ValueError, one line, where there is nothing to learn from."""
+        texts = [normalize(text) for text in texts]
+        characters = set().union(*texts)
+        chinese = sorted(c for c in characters if unicodedata.name(c, "").startswith("CJK UNIFIED IDEOGRAPH"))
+        size = max(size, 256 + 3 + len(characters))            # bytes; unknown, end of text, space; characters
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=size,
-            hard_vocab_limit=False, byte_fallback=True, split_digits=True, user_defined_symbols=chinese,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-            unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, eos_piece="<|endoftext|>", num_threads=1,
-            minloglevel=2)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=size,
+                hard_vocab_limit=False, byte_fallback=True, split_digits=True, user_defined_symbols=chinese,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
+                unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, eos_piece="<|endoftext|>", num_threads=1,
+                max_sentence_length=2 ** 20, minloglevel=2)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"no text tokenizer can be learned from {len(texts)} texts of {len(characters)} different "
+                             f"characters ({first_line(error)})") from None
         return cls(model.getvalue())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+    def from_pretrained(cls, directory: str | Path) -> "TextTokenizer":
         """Reads `tokenizer.model`. Raises ValueError, one line, where it is missing or broken."""
-        path = Path(directory) / cls.FILE
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; expected a sentencepiece model")
+        path = check_regular(Path(directory) / cls.FILE, "a sentencepiece model")
+        content = path.read_bytes()
         try:
-            return cls(path.read_bytes())
+            if content and cls(content).eos >= 0:
+                return cls(content)
         except RuntimeError:
-            raise ValueError(f"{path}: not a sentencepiece model (truncated?)") from None
+            pass
+        raise ValueError(f"{path}: not a whole sentencepiece model with a token that ends a text")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `tokenizer.model`, beside and renamed."""
-        write_beside(Path(directory) / self.FILE, lambda path: path.write_bytes(self.model))
+        """Writes `tokenizer.model`."""
+        atomic_write(Path(directory) / self.FILE, lambda path: path.write_bytes(self.model))
 
 
 class QwenTokenizer:
     """Sec. 3.3: Qwen's byte-level BPE, behind the same interface, read by the optional package `tiktoken`.
 
-    Reads `qwen.tiktoken` (Qwen) or `vocab.json` with `merges.txt` (Qwen2, Qwen2.5): the same ids. Special tokens are
-    recognised only with `special=True`: a prompt that contains "<|endoftext|>" is text.
+    Reads `qwen.tiktoken` (Qwen), `vocab.json` with `merges.txt`, or `tokenizer.json` (Qwen2 and Qwen3): the same ids.
+    A prompt that contains "<|endoftext|>" is text.
     """
-    FILE = "qwen.tiktoken"
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-    def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
-        """ranks: token -> id; files: what they were read from, for `save_pretrained`."""
-        self.files = files
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], files: dict[str, bytes]):
+        """ranks: token -> id, in the order of the merges; special: control token -> id; files: what they were read
+        from, for `save_pretrained`."""
         try:
             import tiktoken
         except ImportError:
             raise ValueError("Qwen's tokenizer needs the package tiktoken: pip install tiktoken") from None
-        special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(self.SPECIAL)}
+        self.files, self.text_ids, self.eos = files, frozenset(ranks.values()), special["<|endoftext|>"]
         self.bpe = tiktoken.Encoding("qwen", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def __len__(self) -> int:
         """How many ids there are; V_t of the model may be larger, padded."""
         return self.bpe.n_vocab
 
-    @property
-    def eos(self) -> int:
-        """Id of `<|endoftext|>`."""
-        return self.bpe.encode_single_token("<|endoftext|>")
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Text -> ids. special: read `<|endoftext|>` and its like as control tokens, not as text."""
-        text = unicodedata.normalize("NFC", text)
-        return self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Raises ValueError for lone surrogates."""
+        return self.bpe.encode_ordinary(normalize(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text; bytes that are no whole character yet become U+FFFD, special tokens leave no trace."""
-        return self.bpe.decode([i for i in ids if i < self.eos], errors="replace")
+        """Ids -> text; bytes that are no whole character yet become U+FFFD, all other ids leave no trace."""
+        return self.bpe.decode([i for i in ids if i in self.text_ids], errors="replace")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "QwenTokenizer":
         """Reads a folder's ranks. Raises ValueError, one line, where they are missing or malformed."""
         directory = Path(directory)
-        if (directory / cls.FILE).is_file():
-            ranks, names = _read_ranks(directory / cls.FILE), [cls.FILE]
-        else:
-            ranks, names = _read_vocabulary(directory), ["vocab.json", "merges.txt"]
-        return cls(ranks, {name: (directory / name).read_bytes() for name in names})
+        names = next((names for names in (["qwen.tiktoken"], ["vocab.json", "merges.txt"], ["tokenizer.json"])
+                      if all((directory / name).is_file() for name in names)), None)
+        if not names:
+            raise ValueError(f"{directory}: no tokenizer found, expected tokenizer.model, qwen.tiktoken, vocab.json "
+                             "with merges.txt, or tokenizer.json")
+        path = directory / names[0]
+        ranks, special = (_read_ranks if path.suffix == ".tiktoken" else _read_vocabulary)(path)
+        ids = [*ranks.values(), *special.values()]
+        if not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError(f"{path}: expected ids that are whole numbers, each once")
+        if not {bytes([i]) for i in range(256)} <= ranks.keys() or cls.SPECIAL[0] not in special:
+            raise ValueError(f"{path}: expected each of the 256 bytes among the tokens, and {cls.SPECIAL[0]}")
+        return cls(ranks, special, {name: (directory / name).read_bytes() for name in names})
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the files that the ranks came from, beside and renamed."""
+        """Writes the files that the ranks came from."""
         for name, content in self.files.items():
-            write_beside(Path(directory) / name, lambda path: path.write_bytes(content))
+            atomic_write(Path(directory) / name, lambda path: path.write_bytes(content))
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """`qwen.tiktoken`: a line a token, its bytes in base64 and its rank."""
+def _read_ranks(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """`qwen.tiktoken`: a line a token, its bytes in base64 and its rank -> ranks, control tokens."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -167,26 +188,40 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"{path}, line {number}: expected a token in base64 and its rank") from None
-    return ranks
+    first = max(ranks.values(), default=-1) + 1
+    return ranks, {token: first + i for i, token in enumerate(QwenTokenizer.SPECIAL)}
 
 
-def _read_vocabulary(directory: Path) -> dict[bytes, int]:
-    """`vocab.json` of the Qwen2 family, whose ids are ranks too: it writes each byte as a printable character."""
-    path = directory / "vocab.json"
-    for needed in (path, directory / "merges.txt"):
-        if not needed.is_file():
-            raise ValueError(f"{needed}: not found; expected {QwenTokenizer.FILE}, or vocab.json with merges.txt")
+def _read_vocabulary(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """`vocab.json` with `merges.txt`, or `tokenizer.json` -> ranks, control tokens.
+
+    They write each byte as a printable character. Ids are ranks where merges are in the order of what they make.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    content, pattern = read_json(path), json.dumps(QwenTokenizer.PATTERN)
     try:
-        ranks = json.loads(path.read_text(encoding="utf-8"))
-        return {bytes(byte_of[letter] for letter in token): rank for token, rank in ranks.items()}
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path}: not a byte-level vocabulary, expected tokens and their ids") from None
+        if path.name == "tokenizer.json":
+            splits = json.dumps(content.get("pre_tokenizer"))
+            if "Regex" in splits and pattern not in splits:
+                raise ValueError(f"{path}: pre_tokenizer splits text by another pattern than Qwen's, {pattern}")
+            ids, merges = content["model"]["vocab"], content["model"]["merges"]        # "a b" or ["a", "b"]
+            special = {token["content"]: token["id"] for token in content["added_tokens"]}
+        else:
+            ids, merges = content, read_text(path.with_name("merges.txt")).split("\n")
+            merges = [merge for merge in merges if merge and not merge.startswith("#version")]
+            first = max(ids.values(), default=-1) + 1
+            special = {token: first + i for i, token in enumerate(QwenTokenizer.SPECIAL[:3])}
+        made = [ids["".join(merge).replace(" ", "")] for merge in merges]
+        if made != sorted(made):
+            raise ValueError(f"{path}: expected merges in the order of the ids of what they make, as in Qwen's")
+        return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token not in special}, special
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: expected a byte-level vocabulary: tokens, their ids and merges") from None
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer | QwenTokenizer:
-    """The tokenizer that a weights folder holds. Raises ValueError, one line, where there is none."""
-    qwen = any((Path(directory) / name).is_file() for name in (QwenTokenizer.FILE, "vocab.json"))
-    return (QwenTokenizer if qwen else Tokenizer).from_pretrained(directory)
+def load_tokenizer(directory: str | Path) -> TextTokenizer | QwenTokenizer:
+    """Not in the paper: the tokenizer that a weights folder holds. Raises ValueError, one line, where there is none."""
+    is_own = (Path(directory) / TextTokenizer.FILE).exists()
+    return (TextTokenizer if is_own else QwenTokenizer).from_pretrained(directory)
