@@ -6,20 +6,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # small models; threads that wa
 import pytest
 import torch
 
-import stages
-from distributed import ready_device
+from distributed import check_device
 from mars import MARS, MARSConfig
 
-ready_device("cpu")                # as every program does first
-stages.SAMPLES = 16               # enough to try the way; a run draws 64
-SMALL = MARSConfig(width=32, heads=4, kv_heads=2, ffn_width=48, layers=2, context=64, text_vocab=42)
+check_device("cpu")                # as every program does first
+SMALL = dict(width=32, heads=4, kv_heads=2, head_width=8, ffn_width=48, layers=2, max_seq_len=64, text_vocab=42)
 
 
-@pytest.fixture
-def language() -> MARS:
+def make_language(**changes) -> MARS:
     """A language model alone, with random weights (norms and biases too, or mistakes in them would not show)."""
     generator = torch.Generator().manual_seed(0)
-    model = MARS(SMALL).initialise(generator)
+    model = MARS(MARSConfig(**SMALL | changes)).initialise(generator)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -27,15 +24,25 @@ def language() -> MARS:
     return model.eval()
 
 
-@pytest.fixture
-def mars(language) -> MARS:
-    """A MARS grown out of `language`, whose visual side has then moved away from its copies: 16 codes."""
+def make_mars(k: int = 1, visual_experts: bool = True, route_output: bool = False, **changes) -> MARS:
+    """A MARS grown out of such a language model, 16 image tokens, whose visual side then moved away from its copies."""
     generator = torch.Generator().manual_seed(1)
-    codebook = torch.randn(16, 8, generator=generator)
-    model = MARS.from_language_model(language, codes=16, codebook=codebook, generator=generator)
-    model.freeze_language()
+    model = MARS.grow(make_language(**changes), image_vocab=16, noise=0.5, generator=generator, k=k,
+                      visual_experts=visual_experts, route_output=route_output).freeze_language()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture
+def language() -> MARS:
+    """See make_language."""
+    return make_language()
+
+
+@pytest.fixture
+def mars() -> MARS:
+    """See make_mars."""
+    return make_mars()
