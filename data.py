@@ -1,35 +1,37 @@
-"""Pictures with captions, and the one home of the sequence layout (paper Sec. 3.1, 3.3 and 3.4).
+"""The layout of a sequence (paper Sec. 3.1 to 3.4), and images that are encoded once (Sec. 3.3 and 3.5).
 
-Sources, alike to all that follows: a folder of images with a `metadata.jsonl`, a folder of WebDataset tars, the
-rendered world, and any of them encoded once:
+    python data.py encode --data FOLDER --weights weights/emoji --out TOKENS     (also under torchrun)
+    python data.py inspect TOKENS --weights weights/emoji
 
-    python data.py encode --data FOLDER --weights weights/tiny --out CODES     (also under torchrun)
-    python data.py inspect CODES --weights weights/tiny
-
-Shapes: B batch, T tokens, (h, w) latent grid, (H, W) pixels.
+Shapes: B batch, T tokens, K tokens predicted at each position, (h, w) latent grid, (H, W) pixels.
 """
 import argparse
 import bisect
+import collections
+import contextlib
 import hashlib
-import io
 import json
 import math
 import random
-import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import recipes
-import world
-from checkpoint import one_line_errors, read_json, write_beside, write_json
-from distributed import Ranks, start, stop
-from tokenizer import Tokenizer, Vocabulary
+from checkpoint import fingerprint
+from config import add_flags, build, check, ends_in_one_line, setting
+from dataset import Captioned, Dataset, make_record
+from distributed import Distributed, bad_input_is_final, cleanup, init
+from files import atomic_write, check_regular, first_line, lock, read_json, write_json
+from images import Resize, enlarge, grid, resize_and_crop, save_image, to_image, to_pixels
+from mars import IGNORE
+from tokenizer import Vocabulary
 from vqgan import VQGAN
 
 
@@ -37,81 +39,80 @@ from vqgan import VQGAN
 
 @dataclass(frozen=True)
 class Sequence:
-    """Ids of one training sequence, and which of them the loss of Eq. 1 is taken on: ours, the paper sums over all."""
+    """Sec. 3.1: one training sequence, its ids, and which of them Eq. 1 is taken on (ours: the paper sums over all).
+
+    The examples below write 5 7 8 9 for the image tokens of a 2 x 2 grid, and ^ below each target.
+    """
     tokens: list[int]
     is_target: list[bool]
 
 
-def picture(codes: np.ndarray | Tensor, vocabulary: Vocabulary) -> list[int]:
-    """Fig. 3: codes (h, w) -> `<img>`, the codes in raster order, `</img>`."""
-    codes = [vocabulary.text + int(code) for code in codes.flatten()]
-    return [vocabulary.special("<img>"), *codes, vocabulary.special("</img>")]
+def image_ids(tokens: np.ndarray | Tensor, vocabulary: Vocabulary) -> list[int]:
+    """Fig. 3: image tokens (h, w) -> ids in raster order between `<img>` and `</img>`.
+
+        [[5, 7], [8, 9]]  ->  <img> 5 7 8 9 </img>
+    """
+    body = [vocabulary.text + int(token) for token in tokens.flatten()]
+    return [vocabulary.special("<img>"), *body, vocabulary.special("</img>")]
 
 
 def size_text(height: int, width: int) -> str:
-    """Sec. 3.4, Stage II: the resolution in the caption, `{caption} {H}x{W}` in pixels; the format is ours."""
+    """Sec. 3.4, Stage II: the resolution in the caption, in pixels; the format is ours. (64, 128) -> " 64x128"."""
     return f" {height}x{width}"
 
 
 def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = (), low=None) -> list[int]:
-    """What stands before a picture's first code. caption None: `<uncond>`, the dropped caption of guidance; size: ids
-    of `size_text`, from Stage II on; low: codes (h, w) of the picture that Stage III makes larger, and goes on with."""
+    """Sec. 3.4: what stands before the first image token that is predicted.
+
+        a red apple <img>                       Stage I
+        <uncond> <img>                          caption None: the unconditional branch of guidance
+        a red apple 64x128 <img>                size: ids of `size_text`, from Stage II on
+        a red apple 128x128 <img> 5 7 8 9       low: image tokens (h, w) that Stage III enlarges
+    """
     start = [*([vocabulary.special("<uncond>")] if caption is None else caption), *size]
-    return start + ([vocabulary.special("<img>")] if low is None else picture(low, vocabulary)[:-1])
+    return start + ([vocabulary.special("<img>")] if low is None else image_ids(low, vocabulary)[:-1])
 
 
-def interlaced(large: tuple[int, int], small: tuple[int, int]) -> np.ndarray:
-    """Not in the paper: the order in which Stage III writes the (H, W) codes of a large picture, as raster indices:
-    the first of those that fall on each of the (h, w) codes of the small one, in the small one's order; then the
-    second of each, and so on.
-
-    So what a code refines lies h * w places back, where the sides are whole multiples: the small picture's code, then
-    the one before of the same cell. In raster order that distance would be another one for every code.
-    """
-    (H, W), (h, w) = large, small
-    rows, cols = np.divmod(np.arange(H * W), W)
-    above, left = rows * h // H, cols * w // W                                          # the small code
-    return np.lexsort((left, above, cols - -(-left * W // w), rows - -(-above * H // h)))
-
-
-def text_to_image(caption: list[int] | None, codes, vocabulary: Vocabulary, size: list[int] = (),
+def text_to_image(caption: list[int] | None, tokens, vocabulary: Vocabulary, size: list[int] = (),
                   low=None) -> Sequence:
-    """Sec. 3.4: caption, picture. Targets: the picture, `<img>` and `</img>` included. In Stage III the small picture
-    stands before the large one, interlaced, in the same `<img>`; targets: the large one and `</img>`.
+    """Sec. 3.4: the caption, then the image. The loss of the caption is left out: it would move nothing but the vision
+    head, as every other weight that a caption meets is frozen.
 
-    A caption's own loss would move nothing but the vision head, as every other weight it meets is frozen.
+        a red apple <img> 5 7 8 9 </img>             Stages I and II
+                    ^     ^ ^ ^ ^ ^
+        a red apple <img> 5 7 8 9 1 2 3 4 ... </img>   Stage III: the small image, then the large one
+                                  ^ ^ ^ ^     ^
     """
-    tokens = prompt(caption, vocabulary, size, low)
-    given = len(tokens) - (low is None)
-    codes = codes if low is None else codes.flatten()[interlaced(codes.shape, low.shape)]
-    tokens += picture(codes, vocabulary)[1:]
-    return Sequence(tokens, [False] * given + [True] * (len(tokens) - given))
+    start = prompt(caption, vocabulary, size, low)
+    given = len(start) - (low is None)
+    ids = start + image_ids(tokens, vocabulary)[1:]
+    return Sequence(ids, [False] * given + [True] * (len(ids) - given))
 
 
-def captioning(caption: list[int], codes, vocabulary: Vocabulary, eos: int, size: list[int] = ()) -> Sequence:
-    """Sec. 3.4, Stage I: picture, caption. Targets: the caption and the end of text. size: as above, first of all."""
-    shown = [*size, *picture(codes, vocabulary)]
+def captioning(caption: list[int], tokens, vocabulary: Vocabulary, eos: int, size: list[int] = ()) -> Sequence:
+    """Sec. 3.4, Stage I: the image, then the caption and the end of text. size: ids of `size_text`, first of all.
+
+        <img> 5 7 8 9 </img> a red apple <eos>
+                             ^ ^   ^     ^
+    """
+    shown = [*size, *image_ids(tokens, vocabulary)]
     return Sequence([*shown, *caption, eos], [False] * len(shown) + [True] * (len(caption) + 1))
 
 
-def title_text(title: str) -> str:
-    """Sec. 4.6: what stands before a recipe, in training and in drawing: its title, on a line of its own."""
-    return " ".join(title.split()) + "\n"
+def joint(title: list[int], steps: list[int], images, vocabulary: Vocabulary, eos: int) -> Sequence:
+    """Sec. 4.6, Fig. 9: a title, the steps as text, then one block with an image (h, w) for each step.
 
-
-def joint(title: list[int], steps: list[int], pictures, vocabulary: Vocabulary, eos: int) -> Sequence:
-    """Sec. 4.6, Fig. 9: title, steps, then one block with a picture (codes (h, w)) for each step.
-
-    title: ids of `title_text`; steps: ids of recipes.text_of. Targets: all after the title, the end of text included.
+        how to make a cake \\n 1. ... 2. ... <multi_images> <img> 5 7 8 9 </img> <img> ... </img> </multi_images> <eos>
+                              ^             ^              ^     ^       ^      ^         ^      ^               ^
     """
-    block = [vocabulary.special("<multi_images>"), *(id for codes in pictures for id in picture(codes, vocabulary)),
+    block = [vocabulary.special("<multi_images>"), *(id for image in images for id in image_ids(image, vocabulary)),
              vocabulary.special("</multi_images>")]
     written = [*steps, *block, eos]
     return Sequence([*title, *written], [False] * len(title) + [True] * len(written))
 
 
 def collate(sequences: list[Sequence], padding: int) -> tuple[Tensor, Tensor]:
-    """Sequences -> tokens (B, T) int64, padded at the right, and is_target (B, T) bool."""
+    """Not in the paper: sequences -> tokens (B, T) int64, padded at the right, and is_target (B, T) bool."""
     T = max(len(sequence.tokens) for sequence in sequences)
     tokens = torch.full((len(sequences), T), padding)
     is_target = torch.zeros((len(sequences), T), dtype=torch.bool)
@@ -121,606 +122,286 @@ def collate(sequences: list[Sequence], padding: int) -> tuple[Tensor, Tensor]:
     return tokens, is_target
 
 
-# ----------------------------------------------------------------------------- pictures
+def targets_of(tokens: Tensor, is_target: Tensor, vocabulary: Vocabulary, k: int = 1,
+               offset: int | None = None) -> Tensor:
+    """Eq. 1 and 2: tokens z (B, T), and which of them count -> targets (B, T, K): z_{t+k} at [:, t, k - 1], or IGNORE.
 
-def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Any image file -> RGB, upright by its EXIF tag, transparency on white. Raises ValueError, one line.
+    Heads 2 to K are asked inside images only. offset (ours): and only at every K-th position, from there on, as in
+    sampling; K heads then cost as much as two. Example, K = 2:
 
-    content: the file's bytes, where they are at hand; `path` is then only its name.
+        z           a     red   <img>  5     7       </img>
+        head 1      .     <img> 5      7     </img>  .
+        head 2      .     .     7      </img> .      .
     """
-    try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode.startswith("I;16"):                    # 16-bit grey: Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a whole image file ({error})") from None
-
-
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Sec. 3.4, Stage I: scales and crops the middle to (height, width) pixels."""
-    return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-
-
-def size_of(image: Image.Image, side: int, factor: int, most: float = 2.0) -> tuple[int, int]:
-    """Sec. 3.4, Stage II: (H, W) in pixels with the shorter side `side`, the longer one as the image has it, but at
-    most `most` times as long; rounded to multiples of the down-sampling factor."""
-    width, height = image.size
-    long = round(side * min(most, max(width, height) / min(width, height)) / factor) * factor
-    return (long, side) if height > width else (side, long)
-
-
-def enlarge(size: tuple[int, int], long_side: int, factor: int) -> tuple[int, int]:
-    """Sec. 3.4, Stage III: (H, W) of the large picture: as `size`, but with the longer side `long_side`."""
-    return tuple(round(side * long_side / max(size) / factor) * factor for side in size)
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """RGB image -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) float -> RGB image; values beyond [0, 1] are clipped."""
-    pixels = (pixels.clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def psnr(images: list[Image.Image], truths: list[Image.Image]) -> float:
-    """Not in the paper: peak signal-to-noise ratio in dB, of each picture, then the mean, as is usual for upscaling.
-
-    An error below that of rounding to whole numbers counts as that: at most 58.9 dB.
-    """
-    errors = [np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) for a, b in zip(images, truths)]
-    return float(np.mean([10 * math.log10(255 ** 2 / max(error, 1 / 12)) for error in errors]))
-
-
-def grid(images: list[Image.Image], columns: int = 8, gap: int = 2) -> Image.Image:
-    """Images side by side, row after row, each at the top left of its place, on white."""
-    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
-    rows = -(-len(images) // columns)
-    columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
-
-
-def save_image(image: Image.Image, path: str | Path) -> None:
-    """Writes a PNG, beside and renamed. Raises ValueError, one line, where the path cannot be written."""
-    try:
-        write_beside(Path(path), lambda p: image.save(p, format="PNG"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot write the picture ({error.strerror or error})") from None
-
-
-# ----------------------------------------------------------------------------- sources
-
-class World:
-    """The rendered world as a source: scene i is drawn from `seed` and i alone, so that none is ever stored.
-
-    things: how many things each scene shows, None for one to three; frames: (rows, cols, pixels a cell) to choose from;
-    details, languages: of captions, as often as each is named.
-    """
-
-    def __init__(self, pictures: int, seed: int, things: int | None = None, frames=((6, 6, 16),),
-                 details=world.DETAILS, languages=world.LANGUAGES):
-        self.pictures, self.seed, self.things, self.frames = pictures, seed, things, frames
-        self.details, self.languages = details, languages
-        self.name = f"world of {pictures} pictures, seed {seed}, things {things or '1 to 3'}, frames {frames}"
-        self.scenes: dict[int, tuple[world.Scene, bool]] = {}
-
-    def __len__(self) -> int:
-        return self.pictures
-
-    def frame(self, i: int) -> tuple[int, int, int]:
-        """Rows, cols and pixels a cell of picture i."""
-        return random.Random(f"{self.seed}/{i}/size").choice(self.frames)
-
-    def scene(self, i: int) -> tuple[world.Scene, bool]:
-        """Scene i, and whether it may carry a caption."""
-        if i not in self.scenes:
-            self.scenes[i] = world.training_scene(random.Random(f"{self.seed}/{i}"), self.things, *self.frame(i)[:2])
-        return self.scenes[i]
-
-    def simple(self) -> list[int]:
-        """The pictures of one thing alone, for the first steps of a curriculum."""
-        return [i for i in range(len(self)) if len(self.scene(i)[0].things) == 1]
-
-    def title(self, i: int) -> str:
-        """What picture i is called."""
-        return f"scene {i}"
-
-    def image(self, i: int) -> Image.Image:
-        """Picture i, RGB."""
-        return world.render(self.scene(i)[0], self.frame(i)[2])
-
-    def captions(self, i: int) -> list[str]:
-        """Four of picture i's captions, to be stored: one of each language and detail."""
-        scene, captioned = self.scene(i)
-        rng = random.Random(f"{self.seed}/{i}/captions")
-        return [world.caption(scene, rng, language, detail) for language in world.LANGUAGES
-                for detail in world.DETAILS] if captioned else []
-
-    def scores(self, i: int) -> dict[str, float]:
-        """What filters may ask of picture i: nothing."""
-        return {}
-
-    def caption(self, i: int, rng: random.Random, to_write: bool = False) -> str | None:
-        """One of picture i's captions, English or Chinese, coarse or fine; None where a pair is held out.
-
-        to_write: one for the model to write, told in reading order. Which of two things a caption names first is else
-        a toss of a coin that "above" or "below" has to agree with, and the frozen language side never learned that.
-        """
-        scene, captioned = self.scene(i)
-        if captioned:
-            return world.caption(scene, rng, rng.choice(self.languages), rng.choice(self.details), in_order=to_write)
-
-
-class Listed:
-    """What sources with a list of captions have in common: `records` of (title, texts), or (title, texts, scores)."""
-
-    def __init__(self, name: str, records: list[tuple]):
-        self.name, self.records = name, records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def simple(self) -> list[int]:
-        """All pictures: nothing tells which are simple."""
-        return list(range(len(self)))
-
-    def title(self, i: int) -> str:
-        """What picture i is called."""
-        return str(self.records[i][0])
-
-    def captions(self, i: int) -> list[str]:
-        """All captions of picture i."""
-        return self.records[i][1]
-
-    def scores(self, i: int) -> dict[str, float]:
-        """The numbers that the manifest has on picture i, such as clip_score."""
-        return self.records[i][2]
-
-    def caption(self, i: int, rng: random.Random, to_write: bool = False) -> str | None:
-        """One of picture i's captions, None where it has none; a picture of one's own has the same for both tasks."""
-        texts = self.captions(i)
-        return rng.choice(texts) if texts else None
-
-
-class RecipePictures(Listed):
-    """Sec. 4.6, in the rendered world: the pictures of all steps of `count` recipes as a source; recipe j is drawn
-    from `seed` and j alone."""
-
-    def __init__(self, count: int, seed: int):
-        self.recipes = [recipes.sample(random.Random(f"{seed}/recipe/{j}")) for j in range(count)]
-        self.places = [(j, k) for j, recipe in enumerate(self.recipes) for k in range(len(recipe.steps))]
-        super().__init__(f"pictures of {count} recipes, seed {seed}",
-                         [(f"recipe {j}, step {k}", [self.recipes[j].steps[k]], {}) for j, k in self.places])
-
-    def of(self, j: int) -> list[int]:
-        """The pictures of recipe j, in the order of its steps."""
-        first = bisect.bisect_left(self.places, (j, 0))
-        return list(range(first, first + len(self.recipes[j].steps)))
-
-    def image(self, i: int) -> Image.Image:
-        """Picture i, RGB."""
-        j, k = self.places[i]
-        return world.render(self.recipes[j].scenes[k])
-
-
-def scores_of(record: dict, where: str) -> dict[str, float]:
-    """The numbers of a manifest's record that Filters know. Raises ValueError, one line, where one is no number."""
-    scores = {name: record[name] for name in ("clip_score", "aesthetic") if name in record}
-    for name, score in scores.items():
-        if not isinstance(score, (int, float)):
-            raise ValueError(f'{where}: "{name}" is {score!r}, expected a number')
-    return scores
-
-
-class Folder(Listed):
-    """A folder of images with `metadata.jsonl` (the imagefolder convention) as a source.
-
-    A line is {"file_name": "cat.jpg", "text": "a cat"}; text may also be a list to draw from, or "" for a picture
-    without a caption; "clip_score" and "aesthetic" may be there for Filters. Raises ValueError, one line with file
-    and line number, for anything else.
-    """
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        manifest = self.directory / "metadata.jsonl"
-        if not manifest.is_file():
-            raise ValueError(f"{manifest}: no such file; expected one line a picture, "
-                             '{"file_name": "cat.jpg", "text": "a cat"}')
-        super().__init__(f"folder {self.directory.resolve()}",
-                         [self._record(line, f"{manifest}, line {number}")
-                          for number, line in enumerate(manifest.read_text().splitlines(), 1) if line.strip()])
-        if not self.records:
-            raise ValueError(f"{manifest}: no picture is listed")
-
-    def _record(self, line: str, where: str) -> tuple[Path, list[str], dict[str, float]]:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-            raise ValueError(f'{where}: expected an object with "file_name" and "text"')
-        texts = record.get("text")
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f'{where}: "text" must be a string or a list of strings')
-        path = self.directory / record["file_name"]
-        if not path.is_file():
-            raise ValueError(f"{where}: {path}: no such image")
-        return path, [text for text in texts if text.strip()], scores_of(record, where)
-
-    def image(self, i: int) -> Image.Image:
-        """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
-        return open_picture(self.records[i][0])
-
-
-class Tars(Listed):
-    """A folder of tars in the WebDataset convention as a source: `key.jpg` beside `key.txt`, or `key.json`.
-
-    The caption is the .txt, or "caption" or "text" of the .json; a picture without either has none.
-    """
-
-    PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
-
-    def __init__(self, directory: str | Path):
-        self.places: list[tuple[Path, int, int]] = []                     # tar, offset and size of each picture
-        records = []
-        for path in sorted(Path(directory).glob("*.tar")):
-            samples: dict[str, dict] = {}
-            try:
-                with tarfile.open(path) as tar:
-                    for member in tar:
-                        key, _, suffix = member.name.rpartition(".")
-                        if suffix.lower() in self.PICTURES:
-                            samples.setdefault(key, {})["place"] = (path, member.offset_data, member.size, member.name)
-                        elif suffix in ("txt", "json"):
-                            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read().decode()
-            except (tarfile.TarError, UnicodeDecodeError, EOFError) as error:
-                raise ValueError(f"{path}: not a whole tar of pictures and captions ({error})") from None
-            for key, sample in samples.items():
-                if "place" in sample:
-                    *place, name = sample["place"]
-                    self.places.append(tuple(place))
-                    records.append((f"{path}, {name}", *self._about(sample, f"{path}, {key}")))
-        if not records:
-            raise ValueError(f"{directory}: no tar in it holds a picture")
-        super().__init__(f"tars {Path(directory).resolve()}", records)
-
-    def _about(self, sample: dict, where: str) -> tuple[list[str], dict[str, float]]:
-        try:
-            content = json.loads(sample.get("json", "{}"))
-            text = sample.get("txt") or content.get("caption") or content.get("text") or ""
-        except (json.JSONDecodeError, AttributeError):
-            raise ValueError(f"{where}.json: not a JSON object") from None
-        if not isinstance(text, str):
-            raise ValueError(f"{where}.json: its caption is {text!r}, expected a string")
-        return [text.strip()] if text.strip() else [], scores_of(content, f"{where}.json")
-
-    def image(self, i: int) -> Image.Image:
-        """Picture i, RGB. Raises ValueError, one line, where the file is broken."""
-        path, offset, size = self.places[i]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return open_picture(self.title(i), file.read(size))
-
-
-class Codes(Listed):
-    """A source encoded once, by `encode`: codes memory-mapped from shards, captions beside them.
-
-    Raises ValueError, one line, where the folder is not whole.
-    """
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self.label = read_json(self.directory / "codes.json")
-        if "left_out" not in self.label:
-            raise ValueError(f"{self.directory / 'codes.json'}: of another version; run `python data.py encode` again")
-        records, self.shards, self.places = [], [], []                    # places: (shard, start, h, w)
-        for first in range(0, self.label["pictures"], SHARD):
-            stem, start = self.directory / f"{first:09d}", 0
-            try:
-                self.shards.append(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
-                for line in map(json.loads, stem.with_suffix(".jsonl").read_text().splitlines()):
-                    records.append((line["file_name"], line["text"]))
-                    self.places.append((len(self.shards) - 1, start, *line["codes"]))
-                    start += line["codes"][0] * line["codes"][1]
-                if start != len(self.shards[-1]):
-                    raise ValueError
-            except (OSError, ValueError, KeyError):
-                raise ValueError(f"{stem}: this shard is not whole; run `python data.py encode` again") from None
-        super().__init__(f"codes {self.directory.resolve()}", records)
-        left_out = {i for i, _ in self.label["left_out"]}
-        self.whole = [i for i in range(len(self)) if i not in left_out]
-        if not self.whole:
-            raise ValueError(f"{self.directory}: no picture is left of {len(self)}; codes.json lists why")
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Codes (h, w) of picture i."""
-        shard, start, h, w = self.places[i]
-        return self.shards[shard][start:start + h * w].reshape(h, w)
-
-    def buckets(self, indices: list[int]) -> dict[tuple[int, int], list[int]]:
-        """The pictures among `indices` by their (h, w)."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for i in indices:
-            found.setdefault(self.places[i][2:], []).append(i)
-        return found
-
-    def image(self, i: int):
-        """There is none any more. Raises ValueError."""
-        raise ValueError(f"{self.directory}: holds codes, not pictures; expected --data with pictures for this")
-
-
-def open_source(data: str, pictures: int, seed: int, **settings) -> World | Folder | Tars | Codes:
-    """`--data`: "world" for the rendered world (settings: its own), else a folder: encoded, of tars, or of images."""
-    if data == "world":
-        return World(pictures, seed, **settings)
-    if (Path(data) / "codes.json").is_file():
-        return Codes(data)
-    return Tars(data) if any(Path(data).glob("*.tar")) else Folder(data)
+    B, T = tokens.shape
+    visual, position = tokens >= vocabulary.text, torch.arange(T, device=tokens.device)
+    targets = torch.full((B, T, k), IGNORE, device=tokens.device)
+    for j in range(1, min(k, T - 1) + 1):
+        asked = is_target[:, j:]                                                       # (B, T - j)
+        if j > 1:
+            asked = asked & visual[:, :-j] & visual[:, j:]
+            asked = asked if offset is None else asked & (position[:-j] % k == offset % k)
+        targets[:, :-j, j - 1] = tokens[:, j:].masked_fill(~asked, IGNORE)
+    return targets
 
 
 # ----------------------------------------------------------------------------- images are encoded once
 
-SHARD = 4096                          # pictures in one file of codes
-PIXELS = 64 * 256 ** 2                # that the codec works on at a time, whatever the size of the pictures
+SHARD = 4096                          # images in one file of image tokens
+FILTERS = ("side", "ratio", "clip_score", "aesthetic")
+AT_ONCE = 64                          # images that a process encodes between two exchanges with the others
+PIXELS = 64 * 256 ** 2                # that the image tokenizer works on at a time, whatever the size of the images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Sec. 3.5: which pictures of a folder are good enough to train on. Sec. 3.4 gives a side of 256 pixels and a
-    ratio of 2; thresholds of scores are not in the paper."""
-    min_side: int = 0             # shorter side in pixels
-    max_ratio: float = math.inf   # longer side to shorter side
-    min_clip_score: float = -math.inf     # of the manifest's "clip_score"
-    min_aesthetic: float = -math.inf      # of the manifest's "aesthetic"
+    """Sec. 3.5: which images of a folder are good enough to train on. The paper gives no thresholds of scores."""
+    min_side: int = setting(0, "shortest side in pixels", least=0)
+    max_ratio: float = setting(1e9, "most that the longer side may be of the shorter", least=1)
+    min_clip_score: float = setting(-1e9, 'least "clip_score" of metadata.jsonl')
+    min_aesthetic: float = setting(-1e9, 'least "aesthetic" of metadata.jsonl')
 
-    def reason(self, image: Image.Image, scores: dict[str, float]) -> str | None:
-        """Why a picture is left out, None where it stays. A score that the manifest lacks is not held against it."""
+    def __post_init__(self):
+        check(self)
+
+    def why_skipped(self, image: Image.Image, facts: dict) -> str | None:
+        """Why an image is left out, one of FILTERS; None: it stays. An unknown score is not held against it."""
         if min(image.size) < self.min_side:
             return "side"
         if max(image.size) > self.max_ratio * min(image.size):
             return "ratio"
-        for name, least in (("clip_score", self.min_clip_score), ("aesthetic", self.min_aesthetic)):
-            if scores.get(name, math.inf) < least:
-                return name
+        if facts.get("clip_score", math.inf) < self.min_clip_score:
+            return "clip_score"
+        if facts.get("aesthetic", math.inf) < self.min_aesthetic:
+            return "aesthetic"
 
 
 @torch.no_grad()
-def encode_each(vqgan, pictures: list[Tensor]) -> list[Tensor]:
-    """Sec. 3.3: pixels (3, H, W) of any sizes -> codes (h, w) each, on the CPU; pictures of a size share a batch."""
-    device, codes = next(vqgan.parameters()).device, [None] * len(pictures)
-    for shape in dict.fromkeys(pixels.shape for pixels in pictures):
-        rows = [i for i, pixels in enumerate(pictures) if pixels.shape == shape]
+def encode_each(vqgan: VQGAN, images: list[Tensor]) -> list[Tensor]:
+    """Sec. 3.3: pixels (3, H, W) of any sizes -> image tokens (h, w) each, on the CPU. A batch has one size."""
+    device, tokens = next(vqgan.parameters()).device, [None] * len(images)
+    for shape in dict.fromkeys(pixels.shape for pixels in images):
+        rows = [i for i, pixels in enumerate(images) if pixels.shape == shape]
         at_once = max(1, PIXELS // (shape[1] * shape[2]))
-        for some in (rows[start:start + at_once] for start in range(0, len(rows), at_once)):
-            for i, found in zip(some, vqgan.encode(torch.stack([pictures[i] for i in some]).to(device)).cpu()):
-                codes[i] = found
-    return codes
+        for part in (rows[start:start + at_once] for start in range(0, len(rows), at_once)):
+            for i, found in zip(part, vqgan.encode(torch.stack([images[i] for i in part]).to(device)).cpu()):
+                tokens[i] = found
+    return tokens
 
 
 @torch.no_grad()
-def decode_each(vqgan, codes: Tensor) -> list[Image.Image]:
-    """Sec. 3.3: codes (B, h, w) -> RGB images."""
-    at_once = max(1, PIXELS // (codes[0].numel() * vqgan.factor ** 2))
-    return [to_image(pixels) for some in codes.to(next(vqgan.parameters()).device).split(at_once)
-            for pixels in vqgan.decode(some)]
+def decode_each(vqgan: VQGAN, tokens: Tensor) -> list[Image.Image]:
+    """Sec. 3.3: image tokens (B, h, w) -> RGB images."""
+    at_once = max(1, PIXELS // (tokens[0].numel() * vqgan.factor ** 2))
+    return [to_image(pixels) for part in tokens.to(next(vqgan.parameters()).device).split(at_once)
+            for pixels in vqgan.decode(part)]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How pictures become codes: at one square size, or from Stage II on each with its aspect ratio (Sec. 3.4)."""
-    side: int                     # of the square, or the shorter side; in pixels
-    keep_aspect: bool = False
-    long_side: int = 0            # Stage III's large pictures: then made this long; 0: left at `side`
-    filters: Filters = Filters()
-    skip_bad: bool = False        # leave out files that cannot be read, instead of stopping at the first
+class EncodedImages(Captioned):
+    """Sec. 3.3: a dataset encoded once, by `encode`: image tokens from one safetensors file a shard, captions in its
+    header. Raises ValueError, one line, for a shard that is damaged, missing or of another run."""
 
-    def prepare(self, image: Image.Image, factor: int) -> Image.Image:
-        """The image at the size that is encoded."""
-        size = size_of(image, self.side, factor) if self.keep_aspect else (self.side, self.side)
-        return fit(image, *(enlarge(size, self.long_side, factor) if self.long_side else size))
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        label = read_json(self.directory / "encoded.json")
+        self.made_by, stamps = label.get("made_by"), label.get("stamps")
+        if not isinstance(stamps, list) or not isinstance(self.made_by, dict) or type(self.made_by.get("V")) is not int:
+            raise ValueError(f"{self.directory / 'encoded.json'}: not what `data.py encode` writes; encode again")
+        self.shards, self.starts, self.records, self.shapes, self.offsets = [], [], [], [], []
+        for stamp in stamps:
+            path = shard_path(self.directory, len(self.records))
+            shard, header, shapes = open_shard(path)
+            if header.get("stamp") != stamp:
+                raise ValueError(f"{path}: a shard of another run than encoded.json tells of; encode again")
+            self.starts.append(len(self.records))
+            self.shards.append(shard)
+            self.records += header["records"]
+            self.shapes += shapes.tolist()
+            self.offsets += [0, *shapes.prod(axis=1).cumsum()[:-1].tolist()]
+        self.valid = [i for i, shape in enumerate(self.shapes) if shape[0]]            # those that were not left out
+
+    def image(self, i: int):
+        """There is none any more. Raises ValueError."""
+        raise ValueError(f"{self.directory}: holds image tokens, not images; expected a folder of images here")
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Image tokens (h, w) of image i. Raises ValueError for tokens that no codebook entry belongs to."""
+        (h, w), start, shard = self.shapes[i], self.offsets[i], self.shards[bisect.bisect_right(self.starts, i) - 1]
+        tokens = shard.get_slice("tokens")[start:start + h * w].reshape(h, w)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.made_by["V"]:
+            raise ValueError(f"{self.directory}: {self.name(i)} has tokens from {tokens.min()} to {tokens.max()}, "
+                             f"expected 0 to {self.made_by['V'] - 1}; encode again")
+        return tokens
 
 
-def encode(source, vqgan, how: Encoding, out: Path, ranks: Ranks = Ranks(), batch: int = 64) -> Codes:
-    """Sec. 3.3: every picture of the source as codes (h, w), in shards under `out`; ranks take turns at the shards.
+def open_dataset(directory: str | Path) -> Dataset | EncodedImages:
+    """Sec. 3.5: `--data`, a folder of images, of tars, or of encoded images."""
+    return EncodedImages(directory) if (Path(directory) / "encoded.json").is_file() else Dataset(directory)
 
-    What is there already stays, unless it is of another source, encoding or codec. Pictures left out are listed in
-    `codes.json`. Raises ValueError, one line, at the first that cannot be read, unless how.skip_bad.
+
+def shard_path(directory: Path, first: int) -> Path:
+    """Not in the paper: the file of the shard that starts with image `first`."""
+    return directory / f"{first:09d}.safetensors"
+
+
+def open_shard(path: Path) -> tuple:
+    """Not in the paper: a shard, its header {"stamp", "skipped", "records"}, and the shapes (n, 2) of its image tokens.
+    Raises ValueError, one line, for a shard that is not whole."""
+    try:
+        shard = safe_open(check_regular(path), "np")
+        header, shapes = json.loads(shard.metadata()["header"]), shard.get_tensor("shapes").astype(np.int64)
+        header["records"] = [make_record(record["name"], record["captions"], record["facts"], str(path))
+                             for record in header["records"]]
+        tokens = shard.get_slice("tokens")
+        fits = shapes.shape == (len(header["records"]), 2) and shapes.min() >= 0 and tokens.get_dtype()[0] in "IU"
+        if not fits or tokens.get_shape() != [shapes.prod(axis=1).sum()]:
+            raise ValueError("its shapes do not fit its tokens")
+        return shard, header, shapes
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole shard of encoded images ({first_line(error)}); encode again") from None
+
+
+def encode(dataset: Dataset | EncodedImages, vqgan: VQGAN, resize: Resize, out: Path,
+           ranks: Distributed = Distributed(), filters: Filters = Filters(), skip_bad: bool = False) -> EncodedImages:
+    """Sec. 3.3: every image as image tokens (h, w), in shards in `out`; each process encodes its part of each shard.
+
+    A shard that is there already stays if it was made of the same images, captions, sizes and image tokenizer. Raises
+    ValueError, one line, at the first image that cannot be read; skip_bad: leaves it out. What is left out, and what
+    has no caption, is counted, and listed in encoded.json.
     """
-    codec = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in vqgan.state_dict().values())).hexdigest()
-    described = {"codec": codec, "side": how.side, "keep_aspect": how.keep_aspect, "long_side": how.long_side}
-    if isinstance(source, Codes):
-        if any(source.label[name] != value for name, value in described.items()):
-            raise ValueError(f"{source.directory}: encoded by another codec or at other sizes; encode it again")
-        return source
-    described |= {"source": source.name, "pictures": len(source), "filters": str(how.filters)}
-    label = out / "codes.json"
-    if not label.is_file() or {**read_json(label), "left_out": None} != {**described, "left_out": None}:
-        starts = ranks.share(list(range(0, len(source), SHARD)))
-        bar = tqdm(total=len(starts) * SHARD, desc="encoding pictures once", unit="picture", disable=not ranks.is_first)
-        found = [_encode_shard(source, vqgan, how, out, first, described, batch, bar) for first in starts]
-        bar.close()
-        left_out = sum(ranks.together(found), [])
-        if ranks.is_first:
-            write_json(label, described | {"left_out": left_out})
-            for why in sorted({why.partition(":")[0] for _, why in left_out}):
-                count = sum(reason.startswith(why) for _, reason in left_out)
-                print(f"{count} of {len(source)} pictures left out, {why}; {label} lists them")
-    ranks.wait()
-    return Codes(out)
+    made_by = {"image_tokenizer": fingerprint(vqgan), "V": vqgan.config.num_embeddings, **asdict(resize)}
+    if isinstance(dataset, EncodedImages):
+        if not made_by.items() <= dataset.made_by.items():
+            raise ValueError(f"{dataset.directory}: encoded by another image tokenizer or at other sizes; encode again")
+        return dataset
+    if out.resolve() == dataset.directory.resolve():
+        raise ValueError(f"{out} holds the images themselves, expected another folder for their tokens")
+    made_by |= {field.name: getattr(filters, field.name) for field in fields(Filters)}
+    stamps, skipped, each = [], [], AT_ONCE * ranks.world_size
+    with tqdm(total=len(dataset), desc="encoding images", unit="image", disable=not ranks.is_main) as bar:
+        for first in range(0, len(dataset), SHARD):
+            rows, path = list(range(first, min(first + SHARD, len(dataset)))), shard_path(out, first)
+            stamps.append(hashlib.sha256(json.dumps([made_by, *map(dataset.stamp, rows)]).encode()).hexdigest())
+            left_out = skipped_before(path, stamps[-1], skip_bad)
+            if ranks.all_reduce_sum(left_out is None):                         # for any process: all encode it again
+                found = []
+                for part in (rows[start:start + each] for start in range(0, len(rows), each)):
+                    found += ranks.all_gather(encode_rows(dataset, ranks.shard(part), vqgan, resize, filters, skip_bad))
+                    bar.update(len(part))
+                left_out = [[dataset.name(i), why] for i, why in zip(rows, found) if isinstance(why, str)]
+                if ranks.is_main:
+                    records = [dataset.records[i] for i in rows]
+                    write_shard(path, found, made_by["V"], stamp=stamps[-1], skipped=left_out, records=records)
+            skipped += left_out
+    if ranks.is_main:
+        bare = [dataset.name(i) for i in range(len(dataset)) if not dataset.captions(i)]
+        write_json(out / "encoded.json", {"made_by": made_by, "stamps": stamps, "skipped": skipped, "no_caption": bare})
+        for names, what in ((skipped, "left out"), (bare, "without a caption")):
+            if names:
+                print(f"{len(names)} of {len(dataset)} images {what}; {out / 'encoded.json'} lists them")
+    ranks.barrier()
+    return EncodedImages(out)
 
 
-def _encode_shard(source, vqgan, how, out, first, described, batch, bar) -> list[tuple[int, str]]:
-    """One shard from picture `first` on -> (index, why) of the pictures left out. A shard already there is kept."""
-    stem, note = out / f"{first:09d}", described | {"first": first}
-    last = min(first + SHARD, len(source))
-    if stem.with_suffix(".json").is_file() and (there := read_json(stem.with_suffix(".json")))["of"] == note:
-        bar.update(SHARD)
-        return [tuple(entry) for entry in there["left_out"]]
-    left_out, codes = [], {}
-    for start in range(first, last, batch):
-        pixels = {}
-        for i in range(start, min(start + batch, last)):
-            try:
-                image = source.image(i)
-            except ValueError as error:
-                if not how.skip_bad:
-                    raise
-                left_out.append((i, f"cannot be read: {error}"))
-                continue
-            if reason := how.filters.reason(image, source.scores(i)):
-                left_out.append((i, f"filtered by {reason}"))
-            else:
-                pixels[i] = to_pixels(how.prepare(image, vqgan.factor))
-        codes |= zip(pixels, encode_each(vqgan, list(pixels.values())))
-        bar.update(batch)
-    kind = np.uint16 if vqgan.config.num_embeddings <= 2 ** 16 else np.int32
-    flat = np.concatenate([np.zeros(0, kind), *(found.flatten().numpy().astype(kind) for found in codes.values())])
-    lines = [json.dumps({"file_name": source.title(i), "text": source.captions(i),
-                         "codes": list(codes[i].shape) if i in codes else [0, 0]}, ensure_ascii=False)
-             for i in range(first, last)]
-    write_beside(stem.with_suffix(".npy"), lambda p: _save_array(p, flat))
-    write_beside(stem.with_suffix(".jsonl"), lambda p: p.write_text("\n".join(lines) + "\n"))
-    write_json(stem.with_suffix(".json"), {"of": note, "left_out": left_out})            # last: now it is whole
-    return left_out
+def skipped_before(path: Path, stamp: str, skip_bad: bool) -> list | None:
+    """Not in the paper: (name, why) of each image that a shard left out; None where it must be made, or made again."""
+    try:
+        _, header, _ = open_shard(path)
+    except ValueError:
+        return None
+    unreadable = any(why not in FILTERS for _, why in header["skipped"])
+    return header["skipped"] if header.get("stamp") == stamp and (skip_bad or not unreadable) else None
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:                    # given a path, numpy would append its own suffix
-        np.save(file, array)
+def encode_rows(dataset: Dataset, rows: list[int], vqgan: VQGAN, resize: Resize, filters: Filters,
+                skip_bad: bool) -> list[np.ndarray | str]:
+    """Sec. 3.3: images of a dataset -> image tokens (h, w) of each, or why it is left out."""
+    found, pixels = {}, {}
+    for i in rows:
+        try:
+            image = dataset.image(i)
+            found[i] = filters.why_skipped(image, dataset.facts(i))
+            if not found[i]:
+                pixels[i] = to_pixels(resize_and_crop(image, *resize.size(image, vqgan.factor)))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            found[i] = str(error)
+    found |= {i: tokens.numpy() for i, tokens in zip(pixels, encode_each(vqgan, list(pixels.values())))}
+    return [found[i] for i in rows]
 
 
-# ----------------------------------------------------------------------------- batches
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a batch: a picture, its caption or None, and whether the caption is to be written or drawn from."""
-    index: int
-    text: str | None
-    is_captioning: bool = False
-    low: np.ndarray | None = None  # Stage III: codes (h, w) of the same picture, smaller
-
-    def sequence(self, codes: np.ndarray, tokenizer: Tokenizer, vocabulary: Vocabulary,
-                 size: list[int] = ()) -> Sequence:
-        """The row as tokens, given the picture's codes (h, w) and, from Stage II on, the ids of its size."""
-        ids = None if self.text is None else tokenizer.encode(self.text)
-        if self.is_captioning:
-            return captioning(ids, codes, vocabulary, tokenizer.eos, size)
-        return text_to_image(ids, codes, vocabulary, size, self.low)
-
-
-def stage1_rows(source, indices, batch: int, rng: random.Random, caption_share: float, drop: float = 0.1) -> list[Row]:
-    """Sec. 3.4, Stage I: one batch of text-to-image and captioning.
-
-    indices: the pictures to draw from; caption_share: chance that a pair is used for captioning; drop: chance that a
-    caption to draw from is `<uncond>`.
-    """
-    rows = []
-    for _ in range(batch):
-        i = rng.choice(indices)
-        to_write = rng.random() < caption_share
-        text = source.caption(i, rng, to_write)
-        if text is None or (not to_write and rng.random() < drop):
-            rows.append(Row(i, None))
-        else:
-            rows.append(Row(i, text, to_write))
-    return rows
-
-
-def stage3_rows(source, low: Codes, indices, batch: int, rng: random.Random, corruption: float, codes: int,
-                drop: float = 0.1) -> list[Row]:
-    """Sec. 3.4, Stage III: one batch of caption, small picture, large picture.
-
-    corruption: chance that a code of the small picture is any of the `codes` (ours: when drawing, the small picture
-    is the model's own and not free of errors); drop: as above.
-    """
-    rows = stage1_rows(source, indices, batch, rng, caption_share=0.0, drop=drop)
-    noise = np.random.default_rng(rng.getrandbits(64))
-    for k, row in enumerate(rows):
-        small = np.array(low[row.index])                                                 # (h, w)
-        wrong = noise.random(small.shape) < corruption
-        small[wrong] = noise.integers(codes, size=wrong.sum())
-        rows[k] = Row(row.index, row.text, low=small)
-    return rows
-
-
-def text_rows(document, tokenizer: Tokenizer, batch: int, length: int, rng: random.Random) -> list[list[int]]:
-    """Not in the paper: `document(rng)` texts end to end, each closed by the end of text: rows of `length` ids."""
-    rows = []
-    for _ in range(batch):
-        row = []
-        while len(row) < length:
-            row += [*tokenizer.encode(document(rng)), tokenizer.eos]
-        rows.append(row[:length])
-    return rows
+def write_shard(path: Path, found: list[np.ndarray | str], V: int, **header) -> None:
+    """Not in the paper: image tokens of each image, or why it is left out -> one safetensors file."""
+    kind = np.uint16 if V <= 2 ** 16 else np.int32
+    kept = [tokens for tokens in found if not isinstance(tokens, str)]
+    arrays = {"tokens": np.concatenate([np.zeros(0, kind), *(tokens.flatten().astype(kind) for tokens in kept)]),
+              "shapes": np.array([(0, 0) if isinstance(tokens, str) else tokens.shape for tokens in found], np.int32)}
+    metadata = {"header": json.dumps(header, ensure_ascii=False)}
+    atomic_write(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 
 
 # ----------------------------------------------------------------------------- the command line
 
-def inspect(codes: Codes, vqgan, n: int, seed: int) -> tuple[Image.Image, list[str]]:
-    """A grid of n random pictures, decoded from their codes, and their captions: training on wrong codes shows."""
-    chosen = random.Random(seed).sample(codes.whole, min(n, len(codes.whole)))
-    images = [decode_each(vqgan, torch.from_numpy(codes[i].astype(np.int64))[None])[0] for i in chosen]
-    return grid(images), [f"{codes.title(i)}: {' | '.join(codes.captions(i)) or '(no caption)'}" for i in chosen]
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Filters):
+    """Encodes images once: a folder of images and captions -> image tokens and captions."""
+    data: Path = setting(Path("data/emoji"), "a folder of images with captions")
+    out: Path = setting(Path("tokens"), "the folder to write; run again, it goes on")
+    weights: Path = setting(Path("weights/emoji"), "the image tokenizer, or a model with one")
+    keep_aspect: bool = setting(False, "Stage II: not squares; the shorter side is fixed")
+    skip_bad: bool = setting(False, "leave out images that cannot be read, and list them")
+    device: str = setting("cpu", "cpu, cuda, cuda:1 ...")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Encodes pictures once, and shows what was encoded.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    encoder = commands.add_parser("encode", help="pictures and captions -> codes and captions")
-    encoder.add_argument("--data", required=True, help='a folder with metadata.jsonl or *.tar, or "world"')
-    encoder.add_argument("--out", type=Path, required=True, help="the folder to write; run again, it goes on")
-    encoder.add_argument("--pictures", type=int, default=60_000, help="how many, of the rendered world")
-    encoder.add_argument("--keep-aspect", action="store_true", help="Stage II: not squares; the shorter side is fixed")
-    for name, what in (("min-side", "shortest side in pixels"), ("max-ratio", "longer to shorter side"),
-                       ("min-clip-score", "of the manifest"), ("min-aesthetic", "of the manifest")):
-        encoder.add_argument(f"--{name}", type=float, default=getattr(Filters, name.replace("-", "_")), help=what)
-    encoder.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, listed")
-    viewer = commands.add_parser("inspect", help="a grid of decoded pictures, and their captions")
-    viewer.add_argument("codes", type=Path, metavar="CODES")
-    viewer.add_argument("--num", type=int, default=16, help="how many")
-    viewer.add_argument("-o", "--out", type=Path, default=Path("inspect.png"))
-    for command in (encoder, viewer):
-        command.add_argument("--weights", default="weights/tiny/vqgan", help="the codec's folder")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--device", default="cpu")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Shows what was encoded: a grid of decoded images, and their captions."""
+    tokens: Path = setting(help="the folder that `encode` wrote")
+    num: int = setting(16, "how many, at random", least=1, most=10_000)
+    out: Path = setting(Path("inspect.png"), "the image to write", aliases=("-o",))
+    weights: Path = setting(Path("weights/emoji"), "the image tokenizer, or a model with one")
+    seed: int = setting(0, "of the choice")
+
+    def __post_init__(self):
+        check(self)
+
+
+def inspect(c: InspectConfig) -> None:
+    """Not in the paper: writes a grid of images decoded from their tokens, and prints their captions: errors show."""
+    encoded, vqgan = EncodedImages(c.tokens), VQGAN.from_pretrained(c.weights)
+    if fingerprint(vqgan) != encoded.made_by.get("image_tokenizer"):
+        raise ValueError(f"{c.tokens}: encoded by another image tokenizer than that of {c.weights}")
+    if not encoded.valid:
+        raise ValueError(f"{c.tokens}: no image in it was encoded, encoded.json says why")
+    chosen = random.Random(c.seed).sample(encoded.valid, min(c.num, len(encoded.valid)))
+    images = [decode_each(vqgan, torch.from_numpy(encoded[i].astype(np.int64))[None])[0] for i in chosen]
+    save_image(enlarge(grid(images)), c.out)
+    for i in chosen:
+        print(f"{encoded.name(i)}: {' | '.join(encoded.captions(i)) or '(no caption)'}")
+    print(f"wrote {c.out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: one clear line and exit code 2 for bad input."""
-    args = parse_arguments(arguments)
-    with one_line_errors("data.py"):
-        ranks = start(args.device)
-        vqgan = VQGAN.from_pretrained(args.weights, ranks.device)
-        if args.command == "encode":
-            source = open_source(args.data, args.pictures, args.seed)
-            filters = Filters(args.min_side, args.max_ratio, args.min_clip_score, args.min_aesthetic)
-            how = Encoding(vqgan.config.resolution, args.keep_aspect, filters=filters, skip_bad=args.skip_bad)
-            codes = encode(source, vqgan, how, args.out, ranks)
-            if ranks.is_first:
-                sizes = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in codes.buckets(codes.whole).items())
-                print(f"wrote {args.out}: {len(codes.whole)} pictures; codes: {sizes}")
-        else:
-            image, lines = inspect(Codes(args.codes), vqgan, args.num, args.seed)
-            save_image(image, args.out)
-            print("\n".join(lines))
-            print(f"wrote {args.out}")
-        stop()
+    """The command."""
+    with bad_input_is_final(), ends_in_one_line("data.py"):
+        parser = argparse.ArgumentParser("data.py", description="Encodes images once, and shows what was encoded.")
+        commands = parser.add_subparsers(dest="command", required=True)
+        for name, kind in (("encode", EncodeConfig), ("inspect", InspectConfig)):
+            add_flags(commands.add_parser(name, help=kind.__doc__), kind)
+        values = parser.parse_args(arguments)
+        if values.command == "inspect":
+            return inspect(build(InspectConfig, values, parser))
+        c, ranks = build(EncodeConfig, values, parser), init(values.device)
+        vqgan = VQGAN.from_pretrained(c.weights, ranks.device)
+        resize = Resize(vqgan.config.resolution, c.keep_aspect)
+        with lock(c.out) if ranks.is_main else contextlib.nullcontext():
+            encoded = encode(Dataset(c.data), vqgan, resize, c.out, ranks, filters=c, skip_bad=c.skip_bad)
+        if ranks.is_main:
+            sizes = collections.Counter(f"{h} x {w}" for h, w in map(encoded.shapes.__getitem__, encoded.valid))
+            print(f"wrote {c.out}: {len(encoded.valid)} images; tokens: "
+                  + ", ".join(f"{n} of {size}" for size, n in sizes.items()))
+        cleanup()
 
 
 if __name__ == "__main__":
