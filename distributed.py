@@ -1,6 +1,6 @@
 """One process a GPU: plain DDP, or everything sharded (paper Sec. 4.1 trains with ZeRO-3).
 
-    torchrun --nproc_per_node=8 train.py stage1 ...            each GPU holds all, gradients are averaged
+    torchrun --nproc_per_node=8 train.py stage1 ...            each GPU holds all; gradients are averaged
     torchrun --nproc_per_node=8 train.py stage1 ... --shard    each GPU holds an eighth of weights, gradients, moments
 
 Not in the paper beyond that. Without torchrun there is one process, and nothing here costs anything.
@@ -9,68 +9,61 @@ import contextlib
 import ctypes
 import datetime
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from checkpoint import check_shapes
 
+PATIENCE = datetime.timedelta(minutes=10)             # after which a process that waits for another gives up
+
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """Which of how many processes this one is, and its device."""
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that writes and prints."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def share(self, rows: list) -> list:
-        """This rank's rows, every `count`-th."""
-        return rows[self.rank::self.count]
+    def shard(self, rows: list) -> list:
+        """The rows of this process, every `world_size`-th."""
+        return rows[self.rank::self.world_size]
 
-    def sum(self, number: float) -> float:
-        """The number summed over ranks, on every rank."""
-        if self.count == 1:
+    def all_reduce_sum(self, number: float) -> float:
+        """The number summed over the processes, on every one."""
+        if self.world_size == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64 if self.device.type == "cpu" else torch.float32,
                              device=self.device)
         dist.all_reduce(total)
         return total.item()
 
-    def average(self, tensors) -> None:
-        """Each tensor becomes its mean over ranks."""
-        for tensor in tensors if self.count > 1 else ():
-            dist.all_reduce(tensor)
-            tensor /= self.count
+    def all_gather(self, rows: list) -> list:
+        """Undoes `shard`: the rows of all processes in their order, on every one."""
+        if self.world_size == 1:
+            return rows
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, rows)
+        return [parts[i % self.world_size][i // self.world_size] for i in range(sum(map(len, parts)))]
 
-    def together(self, shares: list) -> list:
-        """Undoes `share`: the rows of all ranks in their order, on every rank."""
-        if self.count == 1:
-            return shares
-        parts = [None] * self.count
-        dist.all_gather_object(parts, shares)
-        return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Waits until all processes are here."""
+        if self.world_size > 1:
             dist.barrier()
 
 
-def keep_freed_memory() -> None:
-    """Not in the paper: glibc returns the memory of a tensor over 32 MB as soon as it is freed, and the kernel clears
-    it anew for the next one, which can take as long as the arithmetic. This tells glibc to keep it; elsewhere it does
-    nothing."""
+def tune_malloc() -> None:
+    """Not in the paper: glibc gives blocks over 32 MB back to the system when they are freed, and the kernel clears
+    them again for the next tensor, which can take as long as the computation. This tells glibc to keep them."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -79,10 +72,10 @@ def keep_freed_memory() -> None:
         mallopt(option, size)
 
 
-def ready_device(name: str) -> str:
-    """The name itself; a CPU then keeps freed memory. Raises ValueError, one line, for a device that is not there."""
+def check_device(name: str) -> str:
+    """The name itself. Raises ValueError, one line, for a device that is not there."""
     if name.startswith("cpu"):
-        keep_freed_memory()
+        tune_malloc()
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -90,106 +83,94 @@ def ready_device(name: str) -> str:
     return name
 
 
-def start(device: str) -> Ranks:
+def init(device: str) -> Distributed:
     """Joins the processes that torchrun started: NCCL between GPUs, gloo between CPUs. Raises ValueError, one line,
     for a device that is not there."""
-    ready_device(device)
+    check_device(device)
     if "RANK" not in os.environ:
-        return Ranks(device=torch.device(device))
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return Distributed(device=torch.device(device))
     place = torch.device(device)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        patience = datetime.timedelta(hours=1)                   # some may still encode when others have finished
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
-    return Ranks(rank, count, place)
+        # torchrun --max-restarts keeps its store: a dead attempt's keys must not be read by the next one
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=PATIENCE)
+    return Distributed(dist.get_rank(), dist.get_world_size(), place)
 
 
-def stop() -> None:
+def cleanup() -> None:
     """Leaves the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------- spreading a model
+@contextlib.contextmanager
+def bad_input_is_final():
+    """Bad input ends torchrun too: --max-restarts would only have it refused again. torchrun has no exit code for that,
+    but stops when it is signalled. A process that loses another one ends by a RuntimeError, and is started again."""
+    try:
+        yield
+    except SystemExit as end:
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if end.code == 2 and restarts and not isinstance(end.__context__, RuntimeError):
+            os.kill(os.getppid(), signal.SIGTERM)
+        raise
 
-class _Loss(nn.Module):
-    """DDP hooks onto `forward`: here it is the loss."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+# ----------------------------------------------------------------------------- a model over processes
 
-    def forward(self, tokens: Tensor, is_target: Tensor) -> Tensor:
-        return self.model.loss(tokens, is_target)
+def parallelize(model: nn.Module, ranks: Distributed, shard: bool = False, bf16: bool = False) -> nn.Module:
+    """The model to call in training: itself, under DDP, or sharded block by block (ZeRO-3).
 
-
-class Spread:
-    """A MARS over the ranks: call it as the loss, (tokens, is_target) -> scalar.
-
-    bf16: matrices multiply in bfloat16 while trained weights stay float32.
+    bf16: when sharded, matrices multiply in bfloat16 while weights stay float32; else autocast does that.
     """
-
-    def __init__(self, model, ranks: Ranks, shard: bool = False, bf16: bool = False):
-        self.model, self.ranks, self.shard, self.bf16 = model, ranks, shard, bf16
-        if shard:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-            for part in (*model.blocks, model):       # a block is whole only while it computes
-                fully_shard(part.float(), mp_policy=policy)
-            for name in ("loss", "hidden"):           # what is called instead of `forward`
-                register_fsdp_forward_method(model, name)
-            self.run = model.loss
-        else:
-            self.run = DistributedDataParallel(_Loss(model)) if ranks.count > 1 else model.loss
-
-    def __call__(self, tokens: Tensor, is_target: Tensor) -> Tensor:
-        cast = self.bf16 and not self.shard
-        with torch.autocast(tokens.device.type, torch.bfloat16) if cast else contextlib.nullcontext():
-            return self.run(tokens, is_target)
-
-    @contextlib.contextmanager
-    def gradients_meet(self, now: bool):
-        """Whether the backward pass inside averages gradients over ranks, or only adds to this rank's own."""
-        if self.shard:
-            self.model.set_requires_gradient_sync(now)
-            yield
-        elif now or self.ranks.count == 1:
-            yield
-        else:
-            with self.run.no_sync():
-                yield
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        for part in (*model.blocks, model):            # a block is whole only while it computes
+            fully_shard(part.float(), mp_policy=policy)
+    elif ranks.world_size > 1:
+        # the text-only part of a loss reaches every weight (Router), an image tokenizer's GAN starts late
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=not hasattr(model, "blocks"))
+    return model
 
 
-# ----------------------------------------------------------------------------- whole states of spread models
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def _spread(tensor: Tensor, like: Tensor) -> Tensor:
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
+def sync_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass averages gradients over processes, or only adds to those of this one."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
 
 
-def whole_state(model: nn.Module, optimizer=None) -> dict:
-    """Model and optimiser, by the names of parameters, as one process would hold them: the same file any way."""
-    state = {"model": {name: _whole(tensor) for name, tensor in model.state_dict().items()}}
+def full_state(model: nn.Module, optimizer=None, trained_only: bool = False) -> dict:
+    """The tensors of a model, and of its optimiser, by the names of parameters: {"model": ..., "optimizer": ...}.
+
+    They are what one process would hold, whatever the number of processes; only the main one gets them, on the CPU.
+    trained_only: leaves out what is frozen.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    state = {"model": get_model_state_dict(model, options=options)}
     if optimizer is not None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        state["optimizer"] = {names[id(parameter)]: {key: _whole(moment) for key, moment in moments.items()}
-                              for parameter, moments in optimizer.state.items()}
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
     return state
 
 
-@torch.no_grad()
-def load_whole_state(model: nn.Module, optimizer, state: dict) -> None:
-    """Undoes `whole_state`, on every rank. Raises ValueError, one line, for a model of other names or shapes."""
-    check_shapes(Path("checkpoint"), *({name: tuple(tensor.shape) for name, tensor in tensors.items()}
-                                       for tensors in (model.state_dict(), state["model"])))
-    model.load_state_dict({name: _spread(state["model"][name], tensor) for name, tensor in model.state_dict().items()})
-    for name, parameter in model.named_parameters():
-        for key, moment in state["optimizer"].get(name, {}).items():
-            optimizer.state[parameter][key] = _spread(moment, parameter) if moment.ndim else moment
+def load_full_state(model: nn.Module, optimizer, state: dict, where: Path, trained_only: bool = False) -> None:
+    """Undoes `full_state`, on every process. Raises ValueError, one line, for a model of other names or shapes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    frozen = {name for name, p in model.named_parameters() if trained_only and not p.requires_grad}
+    shapes = lambda tensors: {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in tensors.items()
+                              if name not in frozen}
+    check_shapes(where, shapes(model.state_dict()), shapes(state["model"]))
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    for name, p in model.named_parameters():                       # torch gives each a state, also a GAN that waits
+        if name.removeprefix("module.") not in state["optimizer"]["state"]:
+            optimizer.state.pop(p, None)

@@ -1,338 +1,728 @@
-"""One loop for every stage (paper Sec. 3.4 and 4.1).
+"""One loop for every stage (paper Sec. 3.4 and 4.1); each stage is one function, in the paper's order.
 
-    python train.py vqgan  --preset tiny --out runs/vqgan
-    python train.py text   --preset tiny --out runs/text
-    python train.py stage1 --preset tiny --out runs/stage1 --vqgan runs/vqgan --language runs/text
-    python train.py stage2 --preset tiny --out runs/stage2 --init runs/stage1
-    python train.py stage3 --preset cascade --out runs/stage2/stage3 --init runs/stage2 --vqgan runs/cascade
-    python train.py joint  --preset tiny --out runs/joint  --init runs/stage2        (Sec. 4.6: text and pictures)
-    python train.py all    --preset nano --out runs/nano      (those that the preset has, in a row)
-    torchrun --nproc_per_node=8 train.py stage1 ...           (see distributed.py)
+    python train.py vqgan  --data data/emoji --out runs/vqgan
+    python train.py text   --data data/emoji --out runs/text
+    python train.py stage1 --data data/emoji --out runs/stage1 --vqgan runs/vqgan --language runs/text
+    python train.py stage2 --data data/emoji/pairs data/emoji --out runs/stage2 --init runs/stage1
+    python train.py stage3 --data data/emoji --out runs/stage3 --init runs/stage2
+    python train.py joint  --data data/emoji --out runs/joint  --init runs/stage2     (Sec. 4.6: text and images)
+    python train.py all    --preset nano --data data/nano --out runs/nano             (those of the preset, in a row)
+    torchrun --nproc_per_node=8 train.py stage1 ...                                   (see distributed.py)
 
-Shapes: B batch, T tokens.
+Shapes: B batch, T tokens, K tokens predicted at each position.
 """
 import argparse
 import contextlib
-import dataclasses
+import hashlib
+import itertools
 import json
 import math
-import pickle
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import fingerprint, one_line_errors, write_beside
-from distributed import Ranks, load_whole_state, start, stop, whole_state
-from generate import TINY
-from mars import MARSConfig
-from mars import PRESETS as SIZES
-from stages import STAGES, Preset, Recipe
-from vqgan import VQGANConfig, VQGANTraining
+from checkpoint import fingerprint
+from config import add_flags, build, check, ends_in_one_line, setting
+from data import (EncodedImages, Sequence, captioning, collate, decode_each, encode, joint, open_dataset, size_text,
+                  targets_of, text_to_image)
+from dataset import open_recipes
+from distributed import Distributed, bad_input_is_final, cleanup, full_state, init, parallelize, sync_gradients
+from files import lock, read_text, write_json, write_text
+from generate import Pipeline, Sampling, load_stage, write_page
+from images import Resize, grid, psnr, resize_and_crop, save_image, to_image, to_pixels
+from mars import IGNORE, MARS, MARSConfig
+from run import Output, bad_loss, claim, open_metrics, resume, save, stop_signals
+from tokenizer import TextTokenizer, load_tokenizer
+from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANLossConfig
 
 
-# ----------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------- the settings of each stage
 
-def learning_rate(step: int, recipe: Recipe) -> float:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Sec. 4.1: what all stages have in common."""
+    data: tuple[Path, ...] = setting((Path("data/emoji"),), "folders of images with captions", nargs="+")
+    out: Path = setting(Path("runs/out"), "folder for weights, checkpoints, metrics and samples")
+    steps: int = setting(1000, "", least=1)
+    batch: int = setting(16, "examples a step, over all processes", least=1)
+    lr: float = setting(1e-3, "peak learning rate; 1e-4 in the paper, more for small models", least=1e-8, most=1)
+    weight_decay: float = setting(0.1, "of matrices; biases, norms and codebooks have none", least=0, most=1)
+    warmup: float = setting(0.01, "fraction of the steps over which the learning rate rises", least=0, most=1)
+    clip: float = setting(1.0, "largest norm of the gradient", least=1e-6)
+    seed: int = setting(0, "", least=0, most=2**32)
+    save_every: int = setting(500, "steps between checkpoints", least=1)
+    sample_every: int = setting(500, "steps between samples to look at", least=1)
+    resume: bool = setting(False, "go on from the newest checkpoint in --out; start where there is none")
+    skip_bad: bool = setting(False, "leave out images that cannot be read and captions that are too long; list them")
+    device: str = setting("cpu", "cuda: with torchrun, each process takes a GPU of its own")
+    precision: str = setting("", "default: bf16 on a GPU, fp32 on a CPU", choices=("", "bf16", "fp32"))
+
+    def __post_init__(self):
+        check(self)
+        if not self.precision:
+            object.__setattr__(self, "precision", "bf16" if self.device.startswith("cuda") else "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANStage(TrainConfig, VQGANLossConfig, VQGANConfig):
+    """Sec. 3.3, Tokenization: trains the image tokenizer on images alone."""
+    init: Path | None = setting(None, "an image tokenizer to go on from; its architecture counts")
+    crops: float = setting(0.0, "fraction of images cropped at full size, not shrunk: what Stage III enlarges to; ours",
+                           least=0, most=1)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        VQGANConfig.__post_init__(self)
+        if self.gan and self.resolution < 24:
+            raise ValueError(f"resolution is {self.resolution}, expected at least 24, which the GAN needs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStage(TrainConfig):
+    """What the stages that predict tokens have in common."""
+    micro_batch: int = setting(0, "examples in one pass of one process; 0: all", least=0)
+    recompute: bool = setting(False, "compute blocks again in the backward pass instead of keeping their activations",
+                              aliases=("--checkpoint-activations",))
+    shard: bool = setting(False, "under torchrun: shard all over the GPUs, as ZeRO-3 does; draws no samples")
+    save_bf16: bool = setting(False, "write weights half as large; default: as the language side is kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStage(TokenStage):
+    """Not in the paper, which loads Qwen-7B: pre-trains the small language model that stands in for it."""
+    width: int = setting(160, "D", least=8)
+    layers: int = setting(4, "L", least=1)
+    heads: int = setting(5, "H", least=1)
+    text_vocab: int = setting(3000, "most tokens that the tokenizer learns", least=300)
+    max_seq_len: int = setting(512, "longest sequence in tokens", least=16)
+    text_seq_len: int = setting(64, "tokens that a text is cut to", least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStage(TokenStage):
+    """What Stages I and II have in common."""
+    captioning_ratio: float = setting(0.5, "fraction of pairs used for captioning; ours", least=0, most=1)
+    caption_drop: float = setting(0.1, "fraction of captions dropped for guidance; ours", least=0, most=1)
+    prompts: Path | None = setting(None, "a text file of prompts to sample, a line each; default: captions of the data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1(PairStage):
+    """Sec. 3.4, Stage I: text-to-image and captioning by next-token prediction; the language side is frozen."""
+    vqgan: Path = setting(Path("weights/emoji/vqgan"), "the image tokenizer")
+    language: Path = setting(Path("weights/emoji"), "the language model and its tokenizer: ours, or a published Qwen")
+    noise: float = setting(0.0, "noise on visual rows at the start, see MARS.grow; ours", least=0, most=10)
+    k: int = setting(1, "K of Eq. 2", least=1, most=64)
+    no_visual_experts: bool = setting(False, "Table 3: without visual experts; all weights train")
+    route_output: bool = setting(False, "Eq. 3: a W_O of its own for the visual side")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2(PairStage):
+    """Sec. 3.4, Stage II: goes on from Stage I with free aspect ratio and fine captions that name the size."""
+    init: Path = setting(Path("weights/emoji"), "Stage I, or an earlier run of this stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage3(TokenStage):
+    """Sec. 3.4, Stage III: the cascade, from a caption and a small image to the large one, K tokens at a time."""
+    init: Path = setting(Path("weights/emoji"), "Stage II, or an earlier run of this stage")
+    k: int = setting(16, "K of Eq. 2", least=1, most=64)
+    long_side: int = setting(128, "of the large images, in pixels; the paper's is 1024", least=2)
+    corruption: float = setting(0.05, "fraction of wrong tokens in the small image; ours", least=0, most=1)
+    caption_drop: float = setting(0.1, "fraction of captions dropped for guidance; ours", least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(TokenStage):
+    """Sec. 4.6: text and images in one output, on recipes (`recipes.jsonl` of --data); the language side trains too."""
+    init: Path = setting(Path("weights/emoji"), "Stage I or II")
+
+
+# ----------------------------------------------------------------------------- the loop (Sec. 4.1)
+
+@dataclass
+class Example:
+    """One training example, and what it is called where a batch goes wrong."""
+    name: str
+    content: Sequence | Tensor
+
+
+@dataclass
+class Stage:
+    """Sec. 3.4: what the loop needs of a stage; one function makes each, further down."""
+    module: nn.Module                                # a batch's tensors -> the mean loss over what they ask for
+    batch: Callable[[random.Random], list[Example]]  # the examples of one step, over all processes
+    tensors: Callable[[list[Example], random.Random], tuple[Tensor, ...]]   # what `module` takes, the targets last
+    sample: Callable[[Path], dict[str, float]]       # writes something to look at -> metrics
+    save: Callable[[Path], None]                     # writes weights to use
+    made_of: dict[str, str]                          # fingerprints of data and inputs
+    uniform: int = 0                                 # V: an untrained model's first loss is about ln V
+    stays_frozen: bool = True                        # no step changes what has no gradient: checkpoints leave it out
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
     """Not in the paper beyond "warm-up 1%": a linear rise, then a cosine down to a tenth of the peak."""
-    warmup = max(1, round(recipe.warmup * recipe.steps))
+    warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, recipe.steps - warmup)
-    return recipe.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return config.lr * (step + 1) / warmup
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
-def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Sec. 4.1: AdamW over what is trainable, and nothing else; weight decay on matrices alone, not on codebooks nor on
-    the rows that `SharedRows` adds to."""
-    parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    decays = {name: p.ndim >= 2 and "quantize." not in name and not name.endswith(".original")
-              for name, p in parameters.items()}
-    groups = [{"params": [p for name, p in parameters.items() if decays[name]], "weight_decay": recipe.weight_decay},
-              {"params": [p for name, p in parameters.items() if not decays[name]], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Sec. 4.1: AdamW over what is trainable, and nothing else; weight decay on matrices, not on codebooks."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    decays = {name for name, p in trained.items() if p.ndim >= 2 and "quantize." not in name}
+    groups = [{"params": [p for name, p in trained.items() if name in decays], "weight_decay": config.weight_decay},
+              {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
 
-def save_checkpoint(out: Path, step: int, trained: nn.Module, optimizer, ranks: Ranks, inputs: dict) -> None:
-    """All that a run needs to go on, beside and renamed; the last two are kept. Raises ValueError on a full disk.
+def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
+    """Sec. 4.1: trains one stage, from its first step or its newest checkpoint to its last."""
+    shard, micro_batch, recompute = (getattr(config, name, 0) for name in ("shard", "micro_batch", "recompute"))
+    bf16, device = config.precision == "bf16", ranks.device
+    model = parallelize(stage.module.train(), ranks, shard, bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not shard)
+    slow = bf16 and device.type == "cpu"           # the backward pass of fused attention, in bfloat16
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, config)
+    first = resume(config, stage, model, optimizer, ranks)
 
-    The data of step n are drawn from the seed and n alone, so the step is the data's position.
-    """
-    state = {"step": step, "ranks": ranks.count, "inputs": inputs, "rng": torch.get_rng_state(),
-             **whole_state(trained, optimizer)}
-    if not ranks.is_first:
-        return
-    try:
-        write_beside(out / f"checkpoint-{step:06d}.pt", lambda p: torch.save(state, p))
-    except (OSError, RuntimeError) as error:                     # torch.save has its own words for a full disk
-        raise ValueError(f"{out}: cannot write the checkpoint of step {step} ({str(error).splitlines()[0]}); "
-                         f"the last whole one is {newest(out)}") from None
-    for old in sorted(out.glob("checkpoint-*.pt"))[:-2]:
-        old.unlink()
-
-
-def newest(out: Path) -> str:
-    """Name of the newest checkpoint, for messages."""
-    return str(max(out.glob("checkpoint-*.pt"), default="none"))
-
-
-def resume(out: Path, trained: nn.Module, optimizer, ranks: Ranks, inputs: dict) -> int:
-    """Loads the newest whole checkpoint -> the step to go on with.
-
-    Raises ValueError, one line, where there is none, or it is of a run that began with other `inputs`.
-    """
-    for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError):
-            print(f"{path} is not whole, trying the one before", file=sys.stderr)
-            continue
-        for name, found in inputs.items():
-            if state["inputs"].get(name) != found:
-                raise ValueError(f"{path}: that run began with another --{name}; expected the same folder to go on")
-        load_whole_state(trained, optimizer, state)
-        torch.set_rng_state(state["rng"])
-        if state["ranks"] != ranks.count and ranks.is_first:
-            print(f"{path}: written by {state['ranks']} processes, this run has {ranks.count}: the same batches, but "
-                  "sums are added in another order, so the last digits will differ")
-        return state["step"]
-    raise ValueError(f"{out}: no checkpoint to resume from")
-
-
-def keep_lines_before(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file from `step` on: a resumed run writes them again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines(keepends=True)
-                 if line.endswith("\n") and json.loads(line)["step"] < step]
-        write_beside(path, lambda p: p.write_text("".join(lines)))
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM and Ctrl-C are noted in, so that a step can end; a second one acts at once."""
-    came, before = [], {}
-
-    def note(number, frame):
-        came.append(number)
-        signal.signal(number, before[number])
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def stop_for_bad_loss(loss: float, step: int, names: list[str], out: Path, ranks: Ranks) -> None:
-    """Raises ValueError, one line: the step, what was in the batch, the last good checkpoint."""
-    shown = ", ".join(names[:4])
-    if ranks.is_first and len(names) > 4:
-        write_beside(out / "bad-batch.txt", lambda p: p.write_text("\n".join(names) + "\n"))
-        shown += f" and {len(names) - 4} more, all in {out / 'bad-batch.txt'}"
-    raise ValueError(f"the loss is {loss} at step {step}; the last good checkpoint is {newest(out)}; "
-                     f"in the batch: {shown}")
-
-
-def train(args, preset: Preset) -> None:
-    """One stage from its first step, or its newest checkpoint, to its last."""
-    recipe, out, ranks = args.recipe, args.out, args.ranks
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0                  # torchrun --max-restarts
-    held = any(out.glob("checkpoint-*.pt"))
-    args.resume = args.resume or (restarted and held)
-    if held and not args.resume:
-        raise ValueError(f"{out}: holds an earlier run; pass --resume to go on with it, or another --out")
-    torch.manual_seed(args.seed)
-    stage = STAGES[args.stage](args, preset)
-    stage.trained.train()
-    optimizer = make_optimizer(stage.trained, recipe)
-    inputs = {name: fingerprint(getattr(args, name)) for name in stage.inputs if getattr(args, name)}
-    first = resume(out, stage.trained, optimizer, ranks, inputs) if args.resume else 0
-    if ranks.is_first:
-        keep_lines_before(out / "metrics.jsonl", first)
-        count = sum(p.numel() for p in stage.trained.parameters())
-        trainable = sum(p.numel() for p in stage.trained.parameters() if p.requires_grad)
-        print(f"{args.stage}: {count / 1e6:.2f}M parameters, {trainable / 1e6:.2f}M of them train; {recipe}")
-    log = out / "metrics.jsonl" if ranks.is_first else os.devnull
-    with open(log, "a", buffering=1) as metrics, stop_signals() as signals:
-        bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=args.stage, mininterval=1,
-                   disable=not ranks.is_first)
+    with stop_signals() as signals, open_metrics(config.out / "metrics.jsonl", first, ranks) as metrics, \
+            tqdm(range(first, config.steps), initial=first, total=config.steps, desc=type(config).__name__.lower(),
+                 mininterval=1, disable=not ranks.is_main) as bar:
         for step in bar:
-            started = time.perf_counter()
+            started, lr, rng = time.perf_counter(), learning_rate(step, config), random.Random(f"{config.seed}/{step}")
+            torch.manual_seed(rng.getrandbits(63))                 # the step alone decides on data and dropout
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            optimizer.zero_grad()
-            logs, tokens, names = stage.backward(step, random.Random(f"{args.seed}/{args.stage}/{step}"))
-            if not math.isfinite(logs["loss"]):
-                stop_for_bad_loss(logs["loss"], step, names(), out, ranks)
-            nn.utils.clip_grad_norm_([p for p in stage.trained.parameters() if p.requires_grad], recipe.clip)
+                group["lr"] = lr
+
+            # the gradient of one batch, in as many parts as the memory asks for; the same sum on any number of ranks
+            batch = stage.batch(rng)
+            mine, phase = ranks.shard(batch), rng.getrandbits(31)
+            size = micro_batch or len(mine)
+            parts = [stage.tensors(mine[i:i + size], random.Random(phase)) for i in range(0, len(mine), size)]
+            counts = [int((part[-1] != IGNORE).sum()) for part in parts]
+            total, loss = ranks.all_reduce_sum(sum(counts)), 0.0
+            for i, part in enumerate(parts):
+                sync_gradients(model, now=i == len(parts) - 1)
+                with autocast, sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
+                    more = {"recompute": True} if recompute else {}
+                    part_loss = model(*(x.to(device) for x in part), **more) * (counts[i] / total)
+                    (part_loss * ranks.world_size).backward()      # DDP divides by it
+                loss += part_loss.item()
+            loss = ranks.all_reduce_sum(loss)
+            if not math.isfinite(loss):
+                raise bad_loss(loss, step, [example.name for example in batch], config.out)
+            norm = nn.utils.clip_grad_norm_(trained, config.clip)
             optimizer.step()
-            if step == 0 and stage.uniform:
-                bar.write(f"first loss {logs['loss']:.3f}; ln V = ln {stage.uniform} = {math.log(stage.uniform):.3f}")
-            speed = tokens / (time.perf_counter() - started)
-            if (step + 1) % args.sample_every == 0 or step + 1 == recipe.steps:
-                stage.trained.eval()
-                found = stage.sample(out / "samples" / f"{step + 1:06d}")
-                stage.trained.train()
-                logs |= found
-                bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in logs.items()))
-            metrics.write(json.dumps({"step": step, **logs, "lr": learning_rate(step, recipe),
-                                      "tokens_per_s": round(speed)}) + "\n")
-            bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            stopping = ranks.sum(len(signals)) > 0
-            if stopping or (step + 1) % args.save_every == 0:
-                save_checkpoint(out, step + 1, stage.trained, optimizer, ranks, inputs)
+            optimizer.zero_grad()
+            if step == 0 and stage.uniform and ranks.is_main:
+                bar.write(f"first loss {loss:.3f}; ln V = ln {stage.uniform} = {math.log(stage.uniform):.3f}")
+
+            # what to look at, and what to go on from
+            log = {"loss": loss, **getattr(stage.module, "logs", {}), "lr": lr, "grad_norm": float(norm),
+                   "tokens_per_s": round(total / (time.perf_counter() - started))}
+            stopping, last = ranks.all_reduce_sum(len(signals)) > 0, step + 1 == config.steps
+            if last or (step + 1) % config.sample_every == 0:
+                model.eval()
+                with torch.no_grad(), autocast:
+                    log |= stage.sample(config.out / "samples" / f"{step + 1:06d}")
+                model.train()
+                bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in log.items()))
+            metrics.write(json.dumps({"step": step} | log) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if stopping or last or (step + 1) % config.save_every == 0:
+                save(config, stage, step + 1, model, optimizer, ranks)
             if stopping:
                 bar.close()
                 print(f"stopped after step {step + 1} and saved; --resume goes on", file=sys.stderr)
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
-    stage.save(out)
-    ranks.wait()                                                 # the next stage of `all` reads what the first wrote
-    if ranks.is_first:
-        print(f"{args.stage}: wrote {out}")
+
+
+# ----------------------------------------------------------------------------- data that stages train on
+
+def in_training(facts: dict) -> bool:
+    """Whether an image may be trained on: it is of no held-out split."""
+    return facts.get("split", "train") == "train"
+
+
+def digest_of(datasets: list, *more: str) -> str:
+    """Changes when the names, captions, facts or, once encoded, tokens of a dataset change."""
+    found = hashlib.sha256("\n".join(more).encode())
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            found.update(json.dumps([dataset.name(i), dataset.captions(i), dataset.facts(i)]).encode())
+            if isinstance(dataset, EncodedImages):
+                found.update(dataset[i].tobytes())
+    return found.hexdigest()
+
+
+def leave_out(c: TrainConfig, bad: list[tuple[str, str]], ranks: Distributed) -> None:
+    """Lists what cannot be trained on, each with its reason. Raises ValueError, one line, without --skip-bad."""
+    if bad and not c.skip_bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0][0]}: {bad[0][1]}{more}; --skip-bad leaves out what cannot be trained on")
+    if bad and ranks.is_main:
+        write_json(c.out / "left-out.json", bad)
+        print(f"{len(bad)} left out; {c.out / 'left-out.json'} says why")
+
+
+class Pool:
+    """The captioned images of several encoded folders, those to train on and those held out.
+
+    A folder is drawn as often as another one, an image as often as its weight says.
+    """
+
+    def __init__(self, c: TokenStage, ranks: Distributed, encoded: list[EncodedImages], tokenizer, max_seq_len: int,
+                 longest: int):
+        """longest: most tokens of an image. Raises ValueError, one line, for a caption that does not fit into the
+        model's max_seq_len with them, see `leave_out`."""
+        room, bad = max_seq_len - longest - 16, []                                     # 16: size and special tokens
+        if room < 1:
+            raise ValueError(f"{c.data[0]}: images of {longest} tokens do not fit into the max_seq_len of the model, "
+                             f"{max_seq_len}; expected smaller ones, or a text stage of longer sequences")
+        for images in encoded:
+            for i in images.valid:
+                lengths = [len(tokenizer.encode(text)) for text in images.captions(i)]
+                bad += [(images.name(i), f"a caption of {n} tokens, expected at most {room}: {text[:60]!r}")
+                        for text, n in zip(images.captions(i), lengths) if n > room]
+                images.records[i]["captions"] = [text for text, n in zip(images.captions(i), lengths) if n <= room]
+        leave_out(c, bad, ranks)
+        train = [[i for i in images.valid if in_training(images.facts(i))] for images in encoded]
+        self.folders = [(images, rows, list(itertools.accumulate(images.facts(i).get("weight", 1.0) for i in rows)))
+                        for images, rows in zip(encoded, train) if rows]
+        if not self.folders:
+            raise ValueError(f"{c.data[0]}: no image to train on is left")
+        self.held_out = [(images, i) for images in encoded for i in images.valid if not in_training(images.facts(i))]
+
+    def draw(self, rng: random.Random) -> tuple[EncodedImages, int]:
+        """One image to train on."""
+        images, rows, weights = rng.choice(self.folders)
+        return images, rng.choices(rows, cum_weights=weights)[0]
+
+    def some(self, n: int, seed: int) -> list[tuple[EncodedImages, int, str]]:
+        """Up to n images to train on that have a caption, each with one of its captions."""
+        rng = random.Random(seed)
+        drawn = [(*item, self.caption(*item, rng)) for item in (self.draw(rng) for _ in range(4 * n))]
+        return [item for item in drawn if item[2]][:n]
+
+    @staticmethod
+    def caption(images: EncodedImages, i: int, rng: random.Random) -> str | None:
+        """One of an image's captions; None where it has none."""
+        return rng.choice(images.captions(i)) if images.captions(i) else None
+
+
+def encode_all(c: TokenStage, vqgan: VQGAN, resize: Resize, name: str, ranks: Distributed) -> list[EncodedImages]:
+    """Every folder of --data as image tokens, once; they are kept in --out."""
+    return [encode(open_dataset(path), vqgan, resize, c.out / name / str(j), ranks, skip_bad=c.skip_bad)
+            for j, path in enumerate(c.data)]
+
+
+def sizes_of(encoded: list[EncodedImages], vqgan: VQGAN) -> tuple[tuple[int, int], ...]:
+    """(H, W) in pixels of all images, squares first."""
+    found = {tuple(n * vqgan.factor for n in images.shapes[i]) for images in encoded for i in images.valid}
+    return tuple(sorted(found, key=lambda size: (size[0] != size[1], size)))
+
+
+def image_of(vqgan: VQGAN, images: EncodedImages, i: int) -> Image.Image:
+    """Image i as the image tokenizer gives it back."""
+    return decode_each(vqgan, torch.from_numpy(images[i].astype("int64"))[None])[0]
+
+
+# ----------------------------------------------------------------------------- Sec. 3.3: the image tokenizer
+
+def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
+    """Sec. 3.3, Tokenization: trains the image tokenizer on images alone."""
+    datasets, pool, bad = [open_dataset(path) for path in c.data], {True: [], False: []}, []
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            try:
+                if c.skip_bad:
+                    dataset.image(i)
+                pool[in_training(dataset.facts(i))].append((dataset, i))
+            except ValueError as error:
+                bad.append((dataset.name(i), str(error)))
+    leave_out(c, bad, ranks)
+    if not pool[True]:
+        raise ValueError(f"{c.data[0]}: no image to train on is left")
+    torch.manual_seed(c.seed)
+    only = lambda kind: kind(**{f.name: getattr(c, f.name) for f in fields(kind)})
+    vqgan = VQGAN.from_pretrained(c.init) if c.init else VQGAN(only(VQGANConfig))
+    vqgan = vqgan.to(ranks.device, memory_format=torch.channels_last)
+    module = VQGANLoss(vqgan, only(VQGANLossConfig)).to(ranks.device)
+    if c.ema:
+        vqgan.quantize.requires_grad_(False)                       # averages move it, not a gradient
+    side = vqgan.config.resolution
+
+    def pixels(dataset, i: int, rng: random.Random | None = None) -> Tensor:
+        image = dataset.image(i)
+        if rng and min(image.size) > side and rng.random() < c.crops:
+            left, top = (rng.randrange(length - side + 1) for length in image.size)
+            return to_pixels(image.crop((left, top, left + side, top + side)))
+        return to_pixels(resize_and_crop(image, side, side))                            # (3, side, side)
+
+    def batch(rng: random.Random) -> list[Example]:
+        chosen = [rng.choice(pool[True]) for _ in range(c.batch)]
+        return [Example(dataset.name(i), pixels(dataset, i, rng)) for dataset, i in chosen]
+
+    def tensors(examples: list[Example], rng: random.Random) -> tuple[Tensor]:
+        return (torch.stack([example.content for example in examples]).contiguous(memory_format=torch.channels_last),)
+
+    @torch.autocast(ranks.device.type, enabled=False)
+    def sample(path: Path) -> dict[str, float]:
+        """Writes eight images above their reconstructions -> PSNR of up to 64 images of each split."""
+        if not ranks.is_main:
+            return {}
+        found = {}
+        for is_train, name in ((False, "psnr_held_out"), (True, "psnr_train")):
+            items = pool[is_train]
+            chosen = [pixels(*item) for item in random.Random(c.seed).sample(items, min(64, len(items)))]
+            if chosen:
+                restored = [vqgan.decode(vqgan.encode(x[None].to(ranks.device)))[0] for x in chosen]
+                images = [[to_image(x) for x in part] for part in (chosen, restored)]
+                found[name] = sum(map(psnr, *images)) / len(chosen)
+        save_image(grid(images[0][:8] + images[1][:8]), path.with_suffix(".png"))
+        return found
+
+    def save(out: Path) -> None:
+        if ranks.is_main:
+            vqgan.save_pretrained(out)
+    sizes = [dataset.stamp(i)[:-1] for dataset in datasets for i in range(len(dataset))]     # without their time
+    made_of = {"data_content": digest_of(datasets), "image_content": digest_of([], json.dumps(sizes))}
+    return Stage(module, batch, tensors, sample, save, made_of, stays_frozen=False)
+
+
+# ----------------------------------------------------------------------------- the stages that predict tokens
+
+def check_memory(model: MARS, gpus: int, memory: int, shard: bool) -> None:
+    """Raises ValueError, one line, where weights, gradients and AdamW's moments alone take more than `memory` bytes of
+    each GPU: 16 a parameter that trains; what is frozen is bfloat16, and float32 where it is sharded."""
+    trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == way) for way in (True, False))
+    need = (16 * trained + 4 * frozen) / gpus if shard else 16 * trained + 2 * frozen
+    if need > memory:
+        raise ValueError(f"training takes {need / 1e9:.1f} GB of each GPU, which has {memory / 1e9:.1f}; expected "
+                         "--shard on more GPUs, see `python mars.py --plan`")
+
+
+def place(model: MARS, c: TokenStage, ranks: Distributed) -> MARS:
+    """Puts the model on its device: what trains in float32; what is frozen in bfloat16 where it multiplies so."""
+    if ranks.device.type == "cuda":
+        check_memory(model, ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory, c.shard)
+    for p in model.parameters():
+        if p.requires_grad or c.precision == "fp32":
+            p.data = p.data.float()
+    return model if c.shard else model.to(ranks.device)
+
+
+def next_token_stage(c: TokenStage, ranks: Distributed, model: MARS, tokenizer, vqgan: VQGAN | None,
+                     example: Callable[[random.Random], Example], sample, offset: bool = False, **made_of) -> Stage:
+    """Eq. 1 and 2 over a step's sequences. offset: heads 2 to K are asked at every K-th position, as in sampling."""
+    vocabulary, k, kept = model.vocabulary, model.config.k, model.text_embedding.weight.dtype
+
+    def batch(rng: random.Random) -> list[Example]:
+        return [example(rng) for _ in range(c.batch)]
+
+    def tensors(examples: list[Example], rng: random.Random) -> tuple[Tensor, Tensor]:
+        tokens, is_target = collate([example.content for example in examples], vocabulary.special("<pad>"))
+        return tokens, targets_of(tokens, is_target, vocabulary, k, rng.randrange(k) if offset else None)
+
+    def save(out: Path) -> None:
+        """Writes all that `generate.py` needs: the model, the text tokenizer and, in vqgan/, the image tokenizer."""
+        state = full_state(model)["model"]
+        if ranks.is_main:
+            dtype = torch.bfloat16 if c.save_bf16 else kept
+            model.save_pretrained(out, {name: tensor.to(dtype) for name, tensor in state.items()})
+            tokenizer.save_pretrained(out)
+            if vqgan:
+                vqgan.save_pretrained(out / "vqgan")
+    text = tokenizer.model if isinstance(tokenizer, TextTokenizer) else repr(sorted(tokenizer.files.items())).encode()
+    made_of |= {"text_tokenizer": hashlib.sha256(text).hexdigest()}
+    return Stage(model, batch, tensors, sample, save, made_of, vocabulary.size)
+
+
+def text_stage(c: TextStage, ranks: Distributed) -> Stage:
+    """Not in the paper: pre-trains a small language model on `text.txt` of the data, or else on its captions."""
+    texts = []
+    for path in c.data:
+        if (path / "text.txt").is_file():
+            texts += [line for line in read_text(path / "text.txt").split("\n") if line.strip()]
+        else:
+            dataset = open_dataset(path)
+            texts += [caption for i in range(len(dataset)) if in_training(dataset.facts(i))
+                      for caption in dataset.captions(i)]
+    if not texts:
+        raise ValueError(f"{c.data[0]}: no text in it; expected captions, or text.txt with a document a line")
+    tokenizer = TextTokenizer.train(texts, c.text_vocab)
+    ffn_width = round(c.width * 2.6875 / 16) * 16                  # Qwen-7B's is 2.69 times its width
+    config = MARSConfig(width=c.width, heads=c.heads, kv_heads=c.heads, head_width=c.width // c.heads,
+                        ffn_width=ffn_width, layers=c.layers, max_seq_len=c.max_seq_len, text_vocab=len(tokenizer))
+    model = place(MARS(config).initialise(torch.Generator().manual_seed(c.seed)), c, ranks)
+
+    def example(rng: random.Random) -> Example:
+        text = rng.choice(texts)
+        ids = [*tokenizer.encode(text), tokenizer.eos][:c.text_seq_len]
+        return Example(repr(text[:60]), Sequence(ids, [True] * len(ids)))
+    return next_token_stage(c, ranks, model, tokenizer, None, example, lambda path: {},
+                            data_content=digest_of([], *texts))
+
+
+def stage1(c: Stage1, ranks: Distributed) -> Stage:
+    """Sec. 3.4, Stage I: a MARS grown out of a language model; square images of one size."""
+    vqgan, tokenizer = VQGAN.from_pretrained(c.vqgan, ranks.device), load_tokenizer(c.language)
+    language = MARS.from_pretrained(c.language)
+    if language.config.image_vocab:
+        language = MARS.grow(language, image_vocab=0, k=1, image_tokenizer="", sizes=(), long_side=0)
+    model = MARS.grow(language, image_vocab=vqgan.config.num_embeddings, image_tokenizer=fingerprint(vqgan), k=c.k,
+                      visual_experts=not c.no_visual_experts, route_output=c.route_output, noise=c.noise,
+                      generator=torch.Generator().manual_seed(c.seed))
+    encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution), "tokens", ranks)
+    return pair_stage(c, ranks, model, vqgan, tokenizer, encoded, language_content=fingerprint(language),
+                      vqgan_content=fingerprint(vqgan))
+
+
+def stage2(c: Stage2, ranks: Distributed) -> Stage:
+    """Sec. 3.4, Stage II: images keep their aspect ratio, captions name the size in pixels."""
+    earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
+    encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution, keep_aspect=True), "tokens", ranks)
+    model = MARS.grow(earlier, sizes=sizes_of(encoded, vqgan))
+    return pair_stage(c, ranks, model, vqgan, tokenizer, encoded, init_content=fingerprint(earlier))
+
+
+def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, tokenizer, encoded: list[EncodedImages],
+               **made_of) -> Stage:
+    """Sec. 3.4, Stages I and II: text-to-image and captioning by next-token prediction; the language side is frozen."""
+    model, vocabulary = place(model.freeze_language(), c, ranks), model.vocabulary
+    longest = max(h * w for images in encoded for h, w in images.shapes)
+    pool = Pool(c, ranks, encoded, tokenizer, model.config.max_seq_len, longest)
+
+    def make(images: EncodedImages, i: int, rng: random.Random, captioning_ratio: float, drop: float) -> Example:
+        caption, tokens = pool.caption(images, i, rng), images[i]
+        size = tokenizer.encode(size_text(*(n * vqgan.factor for n in tokens.shape))) if model.config.sizes else []
+        if caption and rng.random() < captioning_ratio:
+            content = captioning(tokenizer.encode(caption), tokens, vocabulary, tokenizer.eos, size)
+        else:
+            dropped = caption is None or rng.random() < drop
+            content = text_to_image(None if dropped else tokenizer.encode(caption), tokens, vocabulary, size)
+        return Example(images.name(i), content)
+
+    def example(rng: random.Random) -> Example:
+        return make(*pool.draw(rng), rng, c.captioning_ratio, c.caption_drop)
+
+    def sample(path: Path) -> dict[str, float]:
+        """Writes images of sixteen captions below their originals, or of --prompts -> the loss on held-out images."""
+        if ranks.is_main and not c.shard:
+            write_samples(c, path, Pipeline(model, vqgan, tokenizer), pool)
+        rng = random.Random(c.seed)
+        held_out = [make(*rng.choice(pool.held_out), rng, 0, 0) for _ in range(64)] if pool.held_out else []
+        if not held_out:
+            return {}
+        inputs = stage.tensors(held_out, rng)
+        return {"held_out_loss": float(model(*(x.to(ranks.device) for x in inputs)))}
+    stage = next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, **made_of,
+                             data_content=digest_of(encoded))
+    return stage
+
+
+def write_samples(c: PairStage, path: Path, pipeline: Pipeline, pool: Pool) -> None:
+    """Draws what a stage has learned: a grid with each original above its image, and the prompts as a text file."""
+    chosen = [] if c.prompts else pool.some(16, c.seed)
+    prompts = [text for *_, text in chosen]
+    if c.prompts:
+        prompts = [line for line in read_text(c.prompts).split("\n") if line.strip()]
+    if not prompts:
+        return
+    originals = [image_of(pipeline.vqgan, images, i) for images, i, _ in chosen]
+    sizes = [image.size[::-1] for image in originals] or [pipeline.sizes[0]] * len(prompts)
+    drawn = {}
+    for size in set(sizes):
+        rows = [j for j in range(len(prompts)) if sizes[j] == size]
+        drawn |= zip(rows, pipeline.text_to_image([prompts[j] for j in rows], Sampling(), rows, size=size))
+    drawn = [drawn[j] for j in range(len(prompts))]
+    rows = [part[j:j + 8] for j in range(0, len(prompts), 8) for part in (originals, drawn)]
+    save_image(grid([image for row in rows for image in row]), path.with_suffix(".png"))
+    write_text(path.with_suffix(".txt"), "\n".join(prompts) + "\n")
+
+
+def stage3(c: Stage3, ranks: Distributed) -> Stage:
+    """Sec. 3.4, Stage III: weights of its own that start as Stage II's; caption, small image, large image."""
+    earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
+    side = vqgan.config.resolution
+    small = encode_all(c, vqgan, Resize(side, keep_aspect=True), "tokens-small", ranks)
+    large = encode_all(c, vqgan, Resize(side, keep_aspect=True, long_side=c.long_side), "tokens-large", ranks)
+    model = MARS.grow(earlier, k=c.k, sizes=sizes_of(small, vqgan), long_side=c.long_side,
+                      generator=torch.Generator().manual_seed(c.seed))
+    model, vocabulary = place(model.freeze_language(), c, ranks), model.vocabulary
+    longest = max(math.prod(a) + math.prod(b) for each in zip(small, large) for a, b in zip(*(e.shapes for e in each)))
+    pool = Pool(c, ranks, small, tokenizer, model.config.max_seq_len, longest)
+
+    def example(rng: random.Random) -> Example:
+        images, i = pool.draw(rng)
+        tokens, low = large[small.index(images)][i], images[i].copy()
+        for position in range(low.size):
+            if rng.random() < c.corruption:
+                low.flat[position] = rng.randrange(vqgan.config.num_embeddings)
+        caption = pool.caption(images, i, rng)
+        dropped = caption is None or rng.random() < c.caption_drop
+        size = tokenizer.encode(size_text(*(n * vqgan.factor for n in tokens.shape)))
+        return Example(images.name(i), text_to_image(None if dropped else tokenizer.encode(caption), tokens, vocabulary,
+                                                     size, low))
+
+    def sample(path: Path) -> dict[str, float]:
+        """Enlarges eight training images -> PSNR of ours and of bicubic scaling; writes bicubic, ours, originals."""
+        chosen = pool.some(8, c.seed)
+        if not ranks.is_main or c.shard or not chosen:
+            return {}
+        low = [image_of(vqgan, images, i) for images, i, _ in chosen]
+        truth = [image_of(vqgan, large[small.index(images)], i) for images, i, _ in chosen]
+        ours = Pipeline(model, vqgan, tokenizer).super_resolve(low, [text for *_, text in chosen])
+        plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(low, truth)]
+        save_image(grid([*plain, *ours, *truth], columns=len(chosen)), path.with_suffix(".png"))
+        mean = lambda images: sum(map(psnr, images, truth)) / len(truth)
+        return {"psnr": mean(ours), "psnr_bicubic": mean(plain)}
+    return next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, offset=True,
+                            data_content=digest_of(small + large), init_content=fingerprint(earlier))
+
+
+def joint_stage(c: Joint, ranks: Distributed) -> Stage:
+    """Sec. 4.6: goes on from Stage I or II, on recipes. The language side trains too, for it has to: the steps come
+    before every image, so by causality no visual weight can change what is written there."""
+    earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
+    before, room = fingerprint(earlier), earlier.config.max_seq_len
+    encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution), "tokens", ranks)
+    model = place(earlier.requires_grad_(True), c, ranks)
+    examples, bad = [], []
+    for path, images in zip(c.data, encoded):
+        at = {images.name(i): i for i in images.valid}
+        for recipe in (recipe for recipe in open_recipes(path) if in_training(recipe.facts)):
+            missing = [name for name in recipe.images if name not in at]
+            content = None if missing else joint(
+                tokenizer.encode(recipe.title + "\n"), tokenizer.encode(recipe.text),
+                [images[at[name]] for name in recipe.images], model.vocabulary, tokenizer.eos)
+            if missing:
+                bad.append((recipe.title, f"its image {missing[0]} is not among those of {path}"))
+            elif len(content.tokens) > room:
+                bad.append((recipe.title, f"a recipe of {len(content.tokens)} tokens, expected at most {room}"))
+            else:
+                examples.append(Example(recipe.title, content))
+    leave_out(c, bad, ranks)
+    if not examples:
+        raise ValueError(f"{c.data[0]}: no recipe to train on is left")
+
+    def sample(path: Path) -> dict[str, float]:
+        """Writes four recipes as pages."""
+        if ranks.is_main and not c.shard:
+            titles = [random.Random(f"{c.seed}/{j}").choice(examples).name for j in range(4)]
+            for j, page in enumerate(Pipeline(model, vqgan, tokenizer).interleaved(titles)):
+                write_page(path / f"{j}.md", titles[j], *page)
+        return {}
+    return next_token_stage(c, ranks, model, tokenizer, vqgan, lambda rng: rng.choice(examples), sample,
+                            init_content=before, data_content=digest_of(encoded, *map(repr, examples)))
 
 
 # ----------------------------------------------------------------------------- presets and the command line
 
-def small(width: int, layers: int, heads: int) -> MARSConfig:
-    """Not in the paper: a Qwen of toy sizes; its feed-forward width is Qwen-7B's 2.69 times the width."""
-    return MARSConfig(width=width, heads=heads, kv_heads=heads, ffn_width=round(width * 2.6875 / 16) * 16,
-                      layers=layers, context=512, text_vocab=1024)
+STAGES = {"vqgan": (VQGANStage, vqgan_stage), "text": (TextStage, text_stage), "stage1": (Stage1, stage1),
+          "stage2": (Stage2, stage2), "stage3": (Stage3, stage3), "joint": (Joint, joint_stage)}
 
-
-CELLS = dict(hidden_channels=16, channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=768,
-             patches=True)        # a codec whose code sees its own 16 x 16 pixels, and no others
+SMALL_VQGAN = dict(resolution=64, hidden_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(),
+                   no_attn_mid_block=True, z_channels=64, num_embeddings=4096, quantized_embed_dim=16, norm_groups=8,
+                   stem=2, local_encoder=True, weight_decay=0.01, precision="bf16", warm_up=250, ema=0.99,
+                   restart_every=100, crops=0.3, disc_channels=32)
 
 PRESETS = {
-    "qwen": Preset(     # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
-        language=SIZES["qwen-7b"], codec=VQGANConfig(), codec_training=VQGANTraining(),
-        recipes={"stage1": Recipe(48_000, 4096, 1e-4), "stage2": Recipe(24_000, 4096, 1e-4),
-                 "stage3": Recipe(6_500, 1536, 1e-4)},
-        pictures=60_000, look_alike=False, long_side=1024),
-    "tiny": Preset(
-        language=small(160, 4, 5),
-        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=2304, quantized_embed_dim=96),
-        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(3000, 16, 2.5e-3), "stage1": Recipe(12_000, 32, 2e-3),
-                 "stage2": Recipe(8000, 32, 1.5e-3, compete=1 / 4), "joint": Recipe(1500, 16, 1e-3)},
-        pictures=60_000, caption_share=0.3, curriculum=0.15),
-    "cascade": Preset(                   # Stage III of tiny: twice as long sides, whose cells need more codes
-        language=None,                   # goes on from tiny's
-        codec=VQGANConfig(**CELLS, resolution=96, num_embeddings=8192, quantized_embed_dim=192),
-        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9), frames=((6, 6, 32), (12, 12, 16)),
-        recipes={"vqgan": Recipe(150, 32, 3e-5), "stage3": Recipe(8000, 8, 1.5e-3)},
-        pictures=24_000, ahead=16),
-    "nano": Preset(
-        language=small(128, 4, 4),
-        codec=VQGANConfig(**CELLS, resolution=64, num_embeddings=2304, quantized_embed_dim=96),
-        codec_training=VQGANTraining(gan=0.0, foreground=4.0, ema=0.9),
-        recipes={"vqgan": Recipe(150, 64, 3e-5), "text": Recipe(1200, 16, 3e-3), "stage1": Recipe(10_500, 32, 2e-3)},
-        pictures=10_000, things=1, frames=((4, 4, 16),), row=128, caption_share=0.15),
+    "emoji": {
+        "vqgan": SMALL_VQGAN | dict(steps=12_000, batch=8, lr=1.5e-3, gan=0.1, gan_start=9_000),
+        "text": dict(steps=4000, batch=64, lr=2e-3, width=192, layers=4, heads=6),
+        "stage1": dict(steps=20_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
+        "stage2": dict(steps=8000, batch=16, lr=1e-3, captioning_ratio=0.1),
+        "stage3": dict(steps=4000, batch=8, lr=1e-3),
+        "joint": dict(steps=2000, batch=8, lr=5e-4)},
+    "nano": {
+        "text": dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
+        "stage1": dict(steps=4000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
+    "qwen": {      # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
+        "vqgan": dict(steps=500_000, batch=64, lr=1e-4),
+        "stage1": dict(steps=48_000, batch=4096, lr=1e-4),
+        "stage2": dict(steps=24_000, batch=4096, lr=1e-4),
+        "stage3": dict(steps=6_500, batch=1536, lr=1e-4, long_side=1024, k=4)},
 }
 
 
-USED_BY = {"vqgan": ("stage1", "stage3"), "language": ("stage1",), "init": ("stage2", "stage3", "joint"),
-           "ahead": ("stage1", "stage3"), "corruption": ("stage3",), "without_experts": ("stage1",),
-           "route_output": ("stage1",), "caption_share": ("stage1", "stage2"),
-           "english": ("stage1", "stage2", "stage3"), "skip_bad": ("stage1", "stage2", "stage3"),
-           "save_bf16": ("stage1", "stage2", "stage3", "joint"),
-           "micro_batch": ("text", "stage1", "stage2", "stage3", "joint"),
-           "checkpoint_activations": ("text", "stage1", "stage2", "stage3", "joint")}    # flags not of every stage
+def read_flags(arguments: list[str]) -> tuple[str, TrainConfig, str]:
+    """The command line -> the stage's name, its settings, and the preset's name."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="emoji")
+    preset = first.parse_known_args(arguments)[0].preset
+    parser = argparse.ArgumentParser("train.py", description="Trains one stage of MARS, or all of a preset in a row.")
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name, (kind, _) in (STAGES | {"all": (TrainConfig, None)}).items():
+        sub = stages.add_parser(name, help=kind.__doc__.splitlines()[0], allow_abbrev=False)
+        sub.add_argument("--preset", choices=PRESETS, default="emoji", help="settings of each stage, see PRESETS")
+        add_flags(sub, kind)
+        sub.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
+    values = parser.parse_args(arguments)
+    if values.stage not in {"all", *PRESETS[preset]}:
+        parser.error(f"preset {preset!r} has no stage {values.stage}, expected one of {', '.join(PRESETS[preset])}")
+    kind = STAGES[values.stage][0] if values.stage in STAGES else TrainConfig
+    return values.stage, build(kind, values, stages.choices[values.stage]), preset
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Trains one stage of MARS.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "all"])
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes and recipes, at the end of train.py")
-    parser.add_argument("--data", default="world", help='"world", or a folder of images with metadata.jsonl')
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints, metrics and samples")
-    parser.add_argument("--vqgan", metavar="DIR", help="stage1: the codec; stage3: another one than in --init")
-    parser.add_argument("--language", default=TINY, metavar="DIR", help="stage1: the language model and its tokenizer")
-    parser.add_argument("--init", default=TINY, metavar="DIR",
-                        help="stage2, stage3, joint: the stage before, or an earlier run of this one")
-    parser.add_argument("--steps", type=int, help="instead of the preset's")
-    parser.add_argument("--batch", type=int, help="instead of the preset's")
-    parser.add_argument("--lr", type=float, help="instead of the preset's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between sample grids")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("--ahead", type=int, metavar="K", help="Eq. 2: codes a pass; default: 1, stage3: the preset's")
-    parser.add_argument("--corruption", type=float, default=0.05, help="stage3: share of wrong codes in the small")
-    parser.add_argument("--without-experts", action="store_true", help="Table 3: no visual experts, and all trains")
-    parser.add_argument("--route-output", action="store_true", help="Eq. 3: a W_O of its own for the visual side")
-    parser.add_argument("--caption-share", type=float, help="of pairs used for captioning; default: the preset's")
-    parser.add_argument("--english", type=int, default=1, metavar="N",
-                        help="rendered world: English captions for each Chinese one")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and list them")
-    parser.add_argument("--device", default="cpu", help="cuda: with torchrun, each process takes a GPU of its own")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
-    parser.add_argument("--save-bf16", action="store_true", help="half as large files; default: as what came before")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="rows in one pass of one process; default: all")
-    parser.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, store them once")
-    parser.add_argument("--shard", action="store_true", help="under torchrun: shard all over the GPUs, as ZeRO-3 does")
-    args = parser.parse_args(arguments)
-    if args.data != "world" and args.english != 1:
-        parser.error(f"--english is of the rendered world's captions, not of --data {args.data}")
-    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
-    if not 0 <= args.corruption <= 1:
-        parser.error(f"--corruption is {args.corruption}, expected 0 to 1")
-    for name in ("vqgan", "language", *["init"] * ("stage1" in PRESETS[args.preset].recipes)):
-        if args.stage == "all" and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} names an earlier stage: all trains its own; give the stages one by one")
-    for name, stages in USED_BY.items():
-        if args.stage not in (*stages, "all") and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is for {', '.join(stages)}: {args.stage} does not use it")
-    for name in ("steps", "batch", "micro_batch", "ahead", "english", "save_every", "sample_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    return args
+def run_all(arguments: list[str], config: TrainConfig, preset: str, ranks: Distributed) -> None:
+    """Every stage of a preset in a row, each in its folder of --out and from those before it; what the preset lacks
+    comes from the stage's defaults."""
+    pairs = [path / "pairs" for path in config.data if (path / "pairs").is_dir()]
+    inputs = {"stage1": {"vqgan": "vqgan", "language": "text"}, "stage2": {"init": "stage1"},
+              "stage3": {"init": "stage2"}, "joint": {"init": "stage2"}}
+    for name in PRESETS[preset]:
+        more = ["--out", config.out / name, "--data", *(pairs if name == "stage2" else ()), *config.data]
+        for flag, source in inputs.get(name, {}).items():
+            more += [f"--{flag}", config.out / source] if source in PRESETS[preset] else []
+        run_stage(*read_flags([name, *arguments[1:], *map(str, more)])[:2], ranks)
 
 
-def run_stage(args, preset: Preset) -> None:
-    """Fills in the stage's recipe, changed by the flags, and trains."""
-    changed = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
-    if args.stage not in preset.recipes:
-        known = ", ".join(name for name, other in PRESETS.items() if args.stage in other.recipes)
-        raise ValueError(f"preset {args.preset!r} has no recipe for {args.stage}; expected --preset {known}")
-    args.recipe = dataclasses.replace(preset.recipes[args.stage], **changed)
-    if args.recipe.batch % args.ranks.count:
-        raise ValueError(f"a batch of {args.recipe.batch} does not divide over {args.ranks.count} processes")
-    if args.shard and "RANK" not in os.environ:
+def run_stage(name: str, config: TrainConfig, ranks: Distributed) -> None:
+    """Trains one stage. Raises ValueError, one line, for settings that do not fit together."""
+    if config.batch % ranks.world_size:
+        raise ValueError(f"a batch of {config.batch} does not divide over {ranks.world_size} processes")
+    if getattr(config, "shard", False) and "RANK" not in os.environ:
         raise ValueError("--shard spreads a model over processes: start it with torchrun --nproc_per_node=N train.py")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{args.out}: cannot write there ({error.strerror})") from None
-    train(args, preset)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:                        # torchrun --max-restarts
+        config = replace(config, resume=True)
+    with lock(config.out) if ranks.is_main else contextlib.nullcontext():
+        if ranks.is_main:
+            claim(config)
+        ranks.barrier()
+        train(STAGES[name][1](config, ranks), config, ranks)
+        ranks.barrier()
+    if ranks.is_main:
+        print(f"{name}: wrote {config.out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: one clear line and exit code 2 for bad input."""
-    args = parse_arguments(arguments)
-    preset = PRESETS[args.preset]
-    with one_line_errors("train.py"):
-        args.ranks = start(args.device)
-        if args.stage != "all":
-            run_stage(args, preset)
+    """The command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)), \
+            bad_input_is_final(), ends_in_one_line("train.py"):
+        name, config, preset = read_flags(arguments)
+        ranks = init(config.device)
+        if name == "all":
+            run_all(arguments, config, preset, ranks)
         else:
-            for stage in STAGES:
-                if stage in preset.recipes:
-                    out = args.out / stage
-                    before = [name for name in ("stage2", "stage1") if name in preset.recipes and name != stage]
-                    run_stage(argparse.Namespace(**{
-                        **vars(args), "stage": stage, "out": out, "vqgan": args.out / "vqgan",
-                        "language": args.out / "text", "resume": args.resume and any(out.glob("checkpoint-*.pt")),
-                        "init": args.out / before[0] if before else args.init}), preset)
-        stop()
+            run_stage(name, config, ranks)
+        cleanup()
 
 
 if __name__ == "__main__":
