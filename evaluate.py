@@ -1,317 +1,230 @@
-"""How often the pictures are right, and the captions (paper Sec. 4, in a world small enough to count in).
+"""How often images and captions are correct (paper Sec. 4), on any folder of images with captions.
 
-    python evaluate.py --weights weights/tiny --prompts 300 --out report.json
+    python evaluate.py --weights weights/emoji --data data/emoji --prompts 1000
+    python evaluate.py --weights runs/stage2 --pairs data/emoji/pairs      Stage II: several emoji in an image
+    python evaluate.py --weights runs/stage2 --stage3 runs/stage3          Stage III: what --weights draws, enlarged
+    python evaluate.py --weights runs/joint --recipes                      Sec. 4.6: text and images
 
-Not in the paper, whose tables need CLIP, Inception and human eyes: here a checker decides from pixels alone.
+Not in the paper, whose tables need CLIP, Inception and human eyes: here the nearest image of the data set decides, see
+judge.py. Each task notes marks and values in found[task, split, language, what].
 """
-import argparse
-import dataclasses
+import itertools
 import math
 import random
+import re
 import time
-from functools import partial
+from collections import defaultdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import corpus
-import world
-from checker import KEYS, check
-from checkpoint import one_line_errors, write_json
-from data import psnr, text_rows
-from distributed import ready_device
-from generate import CAPTIONS, DETAIL, ENLARGED, TINY, Painter, Sampling, write_text
-from mars import MARS, cross_entropy_in_chunks
-from recipes import agrees, claims, parse_steps
-from recipes import sample as sample_recipe
-from tokenizer import Tokenizer
+from config import ends_in_one_line, parse, setting
+from data import decode_each, encode_each
+from dataset import Dataset, open_recipes
+from distributed import check_device
+from files import read_text, write_json
+from generate import BATCH, Pipeline
+from images import psnr, resize_and_crop, to_pixels
+from judge import Judge, choose, language_of, plain, questions, rows_of, split_of, table
+from sampling import GREEDY, Sampling, generate_text
 
-CELL = 16              # pixels a cell of the rendered world, in all stages but the third
-SPLITS = {"seen pairs": "train", "unseen combinations": "held_out_combination", "held-out pairs": "held_out_pair"}
+ATTRIBUTES = ("concept", "tone", "gender", "color")                   # facts of an image that its prompt asks for
 
 
-def interval(right: int, n: int) -> tuple[float, float]:
-    """Not in the paper: Wilson's 95% interval of a share, right of n."""
-    z, p = 1.96, right / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Sampling):
+    """Counts how often images and captions are correct: those of Stage I, or of --pairs, --recipes or --stage3."""
+    weights: Path = setting(Path("weights/emoji"), "what train.py wrote", metavar="DIR")
+    data: Path = setting(Path("data/emoji"), "a folder of images with captions, to judge by", metavar="FOLDER")
+    prompts: int = setting(1000, "at most, of each split and language", least=1)
+    best_of: int = setting(1, "candidates of each image and caption, of which the best is kept", least=1, most=1024)
+    pairs: Path | None = setting(None, "Stage II: a folder of images made of those of --data", metavar="FOLDER")
+    recipes: bool = setting(False, "Sec. 4.6: recipes.jsonl of --data")
+    stage3: Path | None = setting(None, "Stage III: the weights that enlarge", metavar="DIR")
+    seed: int = setting(0, "of the choice of prompts, and of the first image", least=0, most=2**32)
+    out: Path = setting(Path("report.json"), "JSON to write")
+    device: str = setting("cpu", "cpu, cuda, cuda:1 ...")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recipes and (self.guidance, self.best_of) != (1, 1):
+            raise ValueError("guidance and --best-of do nothing with --recipes")
 
 
-def counted(what: dict, marks: list[bool]) -> dict:
-    """One row of the report: `what` it is about, the share of right marks, and its 95% interval."""
-    right, n = sum(marks), len(marks)
-    low, high = interval(right, n)
-    return {**what, "right": right, "n": n, "share": right / n, "low": low, "high": high}
+def in_batches(what: str, make, count: int) -> list:
+    """make(rows), a list, for 64 rows of range(count) at a time, with a progress bar."""
+    starts = tqdm(range(0, count, BATCH), desc=what, unit="batch")
+    return [item for start in starts for item in make(range(start, min(start + BATCH, count)))]
 
 
-def by_language(task: str, split: str, found: list[tuple[str, dict]], keys) -> list[dict]:
-    """(language, {key: marks}) of each prompt -> rows of each language, and of both together."""
-    rows = []
-    for language in (*world.LANGUAGES, "both"):
-        for key in keys:
-            marks = [mark for spoken, row in found if language in (spoken, "both") for mark in row.get(key, ())]
-            if marks:
-                rows.append(counted({"task": task, "split": split, "language": language, "what": key}, marks))
-    return rows
+def draw(pipeline: Pipeline, texts: list[str], c: EvaluateConfig, size: tuple[int, int]) -> list[Image.Image]:
+    """An image of `size` for each prompt, with the seeds S, S + 1, ..."""
+    return in_batches("drawing", lambda rows: pipeline.text_to_image(
+        [texts[i] for i in rows], c, seeds=[c.seed + i for i in rows], size=size, best_of=c.best_of), len(texts))
 
 
-def questions(split: str, n: int, seed: int, things: int | None = None,
-              size: tuple[int, int] = (96, 96)) -> list[tuple[world.Scene, str, str]]:
-    """n scenes of a split with a caption and its language, by turns English and Chinese, coarse and fine.
+# ----------------------------------------------------------------------------- the tasks
 
-    size: (H, W) in pixels; with that of the pictures themselves the scenes fit.
+def drawing(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 3.4, Stage I: top-1 and top-5; of attributes, where the image asked for has one, that of the nearest."""
+    asked = questions(judge.dataset, c.prompts, c.seed)
+    indices = judge.nearest(draw(pipeline, [text for *_, text, _ in asked], c, pipeline.sizes[0]))
+    correct = judge.correct(indices, [judge.images_of(text) for *_, text, _ in asked]).tolist()
+    for (split, language, _, i), row, nearest in zip(asked, correct, indices[:, 0].tolist()):
+        found["drawing", split, language, "top-1"].append(row[0])
+        found["drawing", split, language, "top-5"].append(any(row))
+        for name in ATTRIBUTES:
+            if value := judge.dataset.facts(i).get(name):
+                same = judge.dataset.facts(nearest).get(name) == value
+                found["drawing", split, language, name].append(row[0] or same)
+
+
+def reading(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 3.3, Tokenization, and Sec. 3.4, captioning, on up to `prompts` images of each split.
+
+    PSNR in dB, and top-1, of reconstructions, which no drawn image can exceed; usage of the codebook; a caption is
+    exact if it is any text of its image.
     """
-    rng = random.Random(f"{seed}/{split}")
-    asked = []
-    for i in range(n):
-        scene = world.sample_scene(rng, split, things, size[0] // CELL, size[1] // CELL)
-        language = world.LANGUAGES[i % 2]
-        asked.append((scene, world.caption(scene, rng, language, world.DETAILS[i // 2 % 2]), language))
-    return asked
+    pools, size, used = defaultdict(list), pipeline.sizes[0], set()
+    for i in range(len(judge.dataset)):
+        pools[split_of(judge.dataset.facts(i)),].append(i)
+    chosen = choose(pools, c.prompts, c.seed)
+
+    def make(rows) -> list[tuple[str, Image.Image, float]]:
+        images = [resize_and_crop(judge.dataset.image(chosen[row][1]), *size) for row in rows]
+        tokens = torch.stack(encode_each(pipeline.vqgan, [to_pixels(image) for image in images]))
+        used.update(tokens.unique().tolist())
+        restored = decode_each(pipeline.vqgan, tokens)
+        return list(zip(pipeline.caption_images(images, c.best_of, c.seed), restored, map(psnr, restored, images)))
+    texts, restored, decibels = zip(*in_batches("captions and reconstructions", make, len(chosen)))
+    exact = judge.correct(torch.tensor([[i] for _, i in chosen]), [judge.images_of(text) for text in texts])
+    same = judge.correct(judge.nearest(restored), [[i] for _, i in chosen])
+    for j, ((split,), _) in enumerate(chosen):
+        found["captioning", split, "all", "exact"].append(bool(exact[j, 0]))
+        found["reconstruction", split, "all", "top-1"].append(bool(same[j, 0]))
+        found["reconstruction", split, "all", "PSNR"].append(decibels[j])
+    found["reconstruction", "all", "all", "codebook usage"].append(len(used) / pipeline.vqgan.config.num_embeddings)
 
 
-def accuracy(images, texts: list[str]) -> dict[str, float]:
-    """Share of pictures that show what their captions say, by attribute, where captions speak of it."""
-    found = [check(image, world.parse(text)) for image, text in zip(images, texts)]
-    said = {key: [row[key] for row in found if row[key] is not None] for key in KEYS}
-    return {key: sum(marks) / len(marks) for key, marks in said.items() if marks}
+def language(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 3.2, language is kept: perplexity on lines of text.txt by the text head alone, and names translated."""
+    model, tokenizer, rng, nats, n = pipeline.model, pipeline.tokenizer, random.Random(f"{c.seed}/text"), 0.0, 0
+    lines = [line for line in read_text(c.data / "text.txt").split("\n") if line.strip()]
+    for line in tqdm(rng.sample(lines, min(c.prompts, len(lines))), desc="perplexity"):
+        ids = torch.tensor([[*tokenizer.encode(line), tokenizer.eos][:model.config.max_seq_len]], device=c.device)
+        logits = model.text_logits(model.hidden(ids[:, :-1]))[0].float()                 # (T, V_t)
+        nats, n = nats + F.cross_entropy(logits, ids[0, 1:], reduction="sum").item(), n + len(logits)
+    found["language", "text.txt", "all", "perplexity"].append(math.exp(nats / max(1, n)))
+    names = [judge.dataset.facts(i).get("names", {}) for i in range(len(judge.dataset))]
+    names = rng.sample(names, min(c.prompts, len(names)))
+    for known, other, wording in (("en", "zh", "{} in Chinese is"), ("zh", "en", "{}的英文是")):
+        pairs = [(own[known][0], own[other]) for own in names if own.get(known) and own.get(other)]
+        answers = in_batches("translation", lambda rows: generate_text(
+            model, [tokenizer.encode(wording.format(pairs[i][0])) for i in rows], tokenizer, 48, GREEDY, list(rows)),
+            len(pairs))
+        for (_, right), (ids, _) in zip(pairs, answers):
+            found["language", "names", other, "translation"].append(plain(tokenizer.decode(ids)) in map(plain, right))
 
 
-def drawing(painter: Painter, n: int, seed: int, sampling: Sampling, things: int | None, best_of: int = 1,
-            size: tuple[int, int] | None = None, splits=tuple(SPLITS)) -> list[dict]:
-    """Draws n prompts of each split and checks the pictures -> rows by split, language and attribute."""
-    rows, task = [], "drawing" if best_of == 1 else f"best of {best_of}"
-    task += f" {size[0]}x{size[1]}" if size else ""
-    for name in splits:
-        if name == "unseen combinations" and things == 1:
-            continue
-        asked = questions(SPLITS[name], n, seed, things, size or painter.sizes[0])
-        images = []
-        for start in tqdm(range(0, n, 50), desc=f"{task}, {name}", unit="batch"):
-            texts = [text for _, text, _ in asked[start:start + 50]]
-            images += painter.paint(texts, sampling, seed + start, best_of=best_of, size=size)
-        found = [(language, check(image, world.parse(text))) for image, (_, text, language) in zip(images, asked)]
-        found = [(language, {key: [mark] for key, mark in row.items() if mark is not None}) for language, row in found]
-        rows += by_language(task, name, found, KEYS)
-    return rows
+def several(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 3.4, Stage II: images of several of the data set's; the fact "cells" names them, in order.
 
-
-def is_exact(caption: str, scene: world.Scene) -> bool:
-    """Whether a caption is true of a scene throughout and names all of it; False where it says nothing that can be
-    read."""
-    try:
-        return world.holds(world.parse(caption), world.claim_of(scene))
-    except ValueError:
-        return False
-
-
-def reading(painter: Painter, n: int, seed: int, things: int | None, best_of: int = 1) -> list[dict]:
-    """Captions n renders of unseen scenes of seen pairs -> the row of exact ones: true throughout, naming all."""
-    scenes = [scene for scene, _, _ in questions("train", n, seed + 1, things, painter.sizes[0])]
-    task = "captioning" if best_of == 1 else f"captioning, best of {best_of}"
-    texts = painter.describe([world.render(scene) for scene in scenes], best_of=best_of)
-    marks = [is_exact(text, scene) for text, scene in zip(texts, scenes)]
-    return [counted({"task": task, "split": "seen pairs", "language": "both", "what": "exact"}, marks)]
-
-
-def restoring(painter: Painter, n: int, seed: int, things: int | None) -> list[dict]:
-    """Passes n renders of unseen scenes through the codec -> rows by attribute that is still right."""
-    rng = random.Random(f"{seed}/codec")
-    height, width = painter.sizes[0]
-    scenes = [world.sample_scene(rng, "any", things, height // CELL, width // CELL) for _ in range(n)]
-    restored = painter.restore([world.render(scene) for scene in scenes])
-    found = [check(image, world.claim_of(scene)) for image, scene in zip(restored, scenes)]
-    return [counted({"task": "codec", "split": "all pairs", "language": "-", "what": key}, marks)
-            for key in KEYS if (marks := [row[key] for row in found if row[key] is not None])]
-
-
-def cascading(painter: Painter, upscaler: Painter, n: int, seed: int, sampling: Sampling,
-              things: int | None = None) -> list[dict]:
-    """Sec. 3.4, Stage III: n renders of unseen scenes made larger, and so are the model's own pictures, in several ways
-    -> a row for each: PSNR in dB against the large render, beside bicubic scaling of the small one; shares that the
-    checker passes; forward passes after the prompt's, and seconds, for a picture made alone."""
-    scale, rows = upscaler.model.config.long_side // max(painter.sizes[0]), []
-    asked = questions("train", n, seed, things, painter.sizes[0])
-    texts = [text for _, text, _ in asked]
-    small, large = ([world.render(scene, cell) for scene, _, _ in asked] for cell in (CELL, CELL * scale))
-    drawn = painter.paint(texts, sampling, seed)
-    said = [world.parse(text) for text in texts]
-    right = lambda images, cell: sum(check(image, claim, cell)["all"] for image, claim in zip(images, said)) / n
-    plain = [image.resize(true.size, Image.Resampling.BICUBIC) for image, true in zip(small, large)]
-    same = {"psnr_bicubic": psnr(plain, large), "psnr_codec": psnr(upscaler.restore(large), large),
-            "drawn_right": right(drawn, CELL)}
-    K = upscaler.model.config.ahead
-    several = sorted({k for k in (1, 4, 16) if k <= K} | {K})
-    for heads, verify, best_of in [(1, False, ENLARGED), *((k, False, 1) for k in several), (K, True, 1)]:
-        enlarge = partial(upscaler.upscale, sampling=dataclasses.replace(DETAIL, heads=heads), seed=seed,
-                          verify=verify, best_of=best_of)
-        ours, again, calls = enlarge(small, texts), enlarge(drawn, texts), []
-        counter = upscaler.model.norm.register_forward_hook(lambda *_: calls.append(1))          # once in each pass
-        started, alone = time.perf_counter(), min(n, 10)
-        for image, text in zip(small[:alone], texts):
-            enlarge([image], [text])
-        counter.remove()
-        rows.append({"heads": heads, "verify": verify, "best_of": best_of, **same, "psnr": psnr(ours, large),
-                     "right": right(ours, CELL * scale), "drawn_upscaled_right": right(again, CELL * scale),
-                     "passes": len(calls) / alone - best_of, "seconds": (time.perf_counter() - started) / alone})
-    return rows
-
-
-def show_cascade(rows: list[dict]) -> str:
-    """The rows of `cascading` as a table."""
-    head = ("Stage III", "PSNR", "bicubic", "codec", "right", "drawn", "larger", "passes", "s each")
-    lines = [f"{head[0]:16}" + "".join(f"{name:>9}" for name in head[1:])]
-    for row in rows:
-        name = f"K = {row['heads']}" + ", verified" * row["verify"]
-        name += f", best of {row['best_of']}" if row["best_of"] > 1 else ""
-        decibels = [f"{row[key]:9.1f}" for key in ("psnr", "psnr_bicubic", "psnr_codec")]
-        shares = [f"{100 * row[key]:9.1f}" for key in ("right", "drawn_right", "drawn_upscaled_right")]
-        lines.append("".join((f"{name:16}", *decibels, *shares, f"{row['passes']:9.1f}", f"{row['seconds']:9.3f}")))
-    return "\n".join(lines)
-
-
-RECIPE_KEYS = ("steps", "number", "picture", "title", "all")
-
-
-def judge_recipe(title: str, text: str, images) -> dict[str, list[bool]]:
-    """Sec. 4.6, where the paper shows examples: marks of one recipe. Raises ValueError for a title that is unreadable.
-
-    steps: the text is a list of steps that can be drawn; number: as many pictures as steps; picture: each shows what
-    all steps up to its own say; title: the steps lead to what it asks for; all: all of these.
+    all: each is in its place; cell: one is; objects: all are there; relation: all are in place, where all are there.
     """
-    try:
-        steps = parse_steps(text)
-        told = claims(steps)
-    except ValueError:                                           # then nothing says what the pictures have to show
-        return {key: [False] * (max(1, len(images)) if key == "picture" else 1) for key in RECIPE_KEYS}
-    pictures = [k < len(images) and check(images[k], claim)["all"] for k, claim in enumerate(told)]
-    number, asked = len(images) == len(steps), agrees(title, steps)
-    return {"steps": [True], "number": [number], "picture": pictures, "title": [asked],
-            "all": [number and asked and all(pictures)]}
+    dataset, by_size = Dataset(c.pairs), defaultdict(list)
+    at = {Path(judge.dataset.name(i)).stem: i for i in range(len(judge.dataset))}
+    for *question, i in questions(dataset, c.prompts, c.seed):
+        (width, height), cells = dataset.image(i).size, dataset.facts(i).get("cells", [])
+        if not cells or not set(cells) <= at.keys():
+            raise ValueError(f'{c.pairs}, {dataset.name(i)}: "cells" is {cells}, expected names of images of {c.data}')
+        size = next((size for size in pipeline.sizes if size[0] * width == size[1] * height), None)
+        by_size[size].append((*question, [[at[cell]] for cell in cells]))
+    if None in by_size:
+        print(f"left out: {len(by_size.pop(None))} images of a shape that these weights do not draw")
+    for size, asked in sorted(by_size.items()):
+        for (split, lang, _, wanted), image in zip(asked, draw(pipeline, [row[2] for row in asked], c, size)):
+            side, n = min(size), len(wanted)
+            nearest = judge.nearest([image.crop((x, y, x + side, y + side)) for y in range(0, size[0], side)
+                                     for x in range(0, size[1], side)])
+            correct = judge.correct(nearest[:, 0].expand(n, -1), wanted)                 # (wanted, cell)
+            placed, orders = correct.diagonal().tolist(), itertools.permutations(range(correct.shape[1]), n)
+            there = any(all(correct[range(n), order]) for order in orders)
+            for what, marks in {"all": [all(placed)], "cell": placed, "objects": [there],
+                                "relation": [all(placed)] * there}.items():
+                found[f"several, {size[0]}x{size[1]}", split, lang, what] += marks
 
 
-def recipe_accuracy(judged: list[dict[str, list[bool]]]) -> dict[str, float]:
-    """Shares of what `judge_recipe` marks, over all recipes; of pictures, over all pictures."""
-    marks = {key: [mark for row in judged for mark in row[key]] for key in RECIPE_KEYS}
-    return {key: sum(found) / len(found) for key, found in marks.items()}
+def recipes(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 4.6: titles of recipes.jsonl, up to `prompts` of each split and language.
 
-
-def recipes_report(painter: Painter, n: int, seed: int, sampling: Sampling) -> list[dict]:
-    """Sec. 4.6: has n recipes of each split written and drawn -> rows by split, language and RECIPE_KEYS."""
-    rows = []
-    for name, split in SPLITS.items():
-        rng = random.Random(f"{seed}/recipes/{split}")
-        asked = [sample_recipe(rng, split, world.LANGUAGES[i % 2]) for i in range(n)]
-        pages = painter.draw_recipes([recipe.title for recipe in asked], sampling, seed)
-        judged = [(recipe.language, judge_recipe(recipe.title, *page)) for recipe, page in zip(asked, pages)]
-        rows += by_language("recipes", name, judged, RECIPE_KEYS)
-    return rows
-
-
-@torch.no_grad()
-def perplexity(model: MARS, tokenizer: Tokenizer, rows: int, seed: int, things: int | None) -> float:
-    """Sec. 3.2's claim that language stays: exp of the mean loss a token on `rows` unseen rows of text, by the text
-    head's own softmax, as the language model has it."""
-    rng = random.Random(f"{seed}/perplexity")
-    tokens = torch.tensor(text_rows(lambda r: corpus.document(r, things), tokenizer, rows, 192, rng))
-    tokens = tokens.to(model.norm.weight.device)
-    hidden = model.hidden(tokens)[:, :-1].flatten(0, 1)
-    return math.exp(cross_entropy_in_chunks(hidden, tokens[:, 1:].flatten(), model.text_logits, 4096).item())
-
-
-def look_up(model: MARS, tokenizer: Tokenizer, n: int, seed: int, things: int | None = None) -> tuple[float, list[str]]:
-    """Asks a language model n questions about captions -> share answered word for word, and a line for each.
-
-    Perplexity hides failure: a model that guesses every colour may still read fluently.
+    parsed: numbered steps, each a text of some image; steps: they are the recipe's; image: one is what its step says;
+    all: the steps are the recipe's, and every step has its image.
     """
-    rng = random.Random(f"{seed}/look-up")
-    lines, asked, kinds = [], [], {}
-    for _ in range(n):
-        scene = world.sample_scene(rng, "any", things)
-        text = world.caption(scene, rng, rng.choice(world.LANGUAGES), "fine")
-        asked.append(corpus.ask(scene, rng, rng.choice(world.LANGUAGES)))
-        lines.append(f"{text} {asked[-1].text}")
-    for i, ids in enumerate(write_text(model, [tokenizer.encode(line) for line in lines], tokenizer.eos, 48)):
-        kind, answer, said = asked[i].kind, asked[i].answer, tokenizer.decode(ids).strip()
-        right = said == answer or said.startswith(answer + " ")          # the text may go on with a new question
-        kinds.setdefault(kind, []).append(right)
-        lines[i] += f" {'right' if right else 'WRONG'}: {said} (expected {answer})"
-    lines.append(", ".join(f"{kind} {sum(marks)}/{len(marks)}" for kind, marks in sorted(kinds.items())))
-    return sum(map(sum, kinds.values())) / n, lines
+    pools = defaultdict(list)
+    for recipe in open_recipes(c.data):
+        pools[split_of(recipe.facts), language_of(recipe.title)].append(recipe)
+    asked = choose(pools, c.prompts, c.seed)
+    pages = in_batches("recipes", lambda rows: pipeline.interleaved(
+        [asked[i][1].title for i in rows], c, seeds=[c.seed + i for i in rows]), len(asked))
+    for ((split, lang), recipe), (text, images) in zip(asked, pages):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        numbered = [re.fullmatch(rf"{i}\. (.+)", line) for i, line in enumerate(lines, 1)]
+        meant, n = [judge.images_of(match[1]) if match else [] for match in numbered], min(len(lines), len(images))
+        shown = judge.correct(judge.nearest(images[:n])[:, :1], meant[:n])[:, 0].tolist() if n else []
+        shown += [False] * (max(len(lines), len(images)) - n)                            # a step or an image too few
+        steps = list(map(plain, lines)) == list(map(plain, recipe.steps))
+        for what, marks in {"all": [steps and all(shown)], "parsed": [bool(lines) and all(meant)], "steps": [steps],
+                            "image": shown}.items():
+            found["recipes", split, lang, what] += marks
 
 
-def show(rows: list[dict], head=(*KEYS, "exact")) -> str:
-    """The rows as a table: one line a split and language, one column an attribute, shares in per cent."""
-    lines = [f"{'':38}" + "".join(f"{key:>12}" for key in head)]
-    groups = dict.fromkeys((row["task"], row["split"], row["language"]) for row in rows)
-    for task, split, language in groups:
-        cells = {row["what"]: row for row in rows
-                 if (row["task"], row["split"], row["language"]) == (task, split, language)}
-        lines.append(f"{task + ', ' + split + ', ' + language:38}" + "".join(
-            f"{100 * cells[key]['share']:12.1f}" if key in cells else f"{'':12}" for key in head))
-        whole = cells.get("all") or cells.get("exact")
-        lines[-1] += f"   {100 * whole['low']:.1f} to {100 * whole['high']:.1f} of {whole['n']}"
-    return "\n".join(lines)
+def enlarging(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
+    """Sec. 3.4, Stage III, and Eq. 2: bicubic scaling, and K tokens a forward pass, with and without verification.
 
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Counts how often pictures and captions are right.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--weights", default=TINY, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", default=300, type=int, metavar="N", help="of each split (cascade: 100 at most)")
-    parser.add_argument("--things", type=int, choices=(1, 2, 3), help="things a scene; without it one to three")
-    parser.add_argument("--cfg", type=float, default=Sampling.cfg, metavar="S", help="guidance scale")
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T")
-    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="also with the best of N drawn a prompt")
-    parser.add_argument("--recipes", type=int, metavar="N", help="of weights of train.py joint: N of each split alone")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", default="report.json", type=Path, help="JSON to write")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(arguments)
-    for name in ("prompts", "best_of", "recipes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    return args
+    PSNR in dB of images of the data set, enlarged one at a time, forward passes and seconds of each; top-1 of drawn
+    images, enlarged. Bicubic scaling hardly changes what is drawn, so its top-1 is that before.
+    """
+    upscaler = Pipeline.from_pretrained(c.stage3, c.device)
+    K, side = upscaler.model.config.k, upscaler.model.config.long_side
+    asked = [question for question in questions(judge.dataset, c.prompts, c.seed) if question[0] == "seen"]
+    drawn, passes = draw(pipeline, [row[2] for row in asked], c, pipeline.sizes[0]), []
+    upscaler.model.norm.register_forward_hook(lambda *_: passes.append(1))               # once in each forward pass
+    ways = {"bicubic": None, f"K = {K}, verified": Sampling(temperature=0.0, k=K)}
+    ways |= {f"K = {k}": Sampling(temperature=0.0, k=k, unverified=k > 1) for k in sorted({1, 4, K}) if k <= K}
+    for way, sampling in ways.items():
+        task = f"x{side}, {way}"
+        for (split, lang, text, i), image in zip(tqdm(asked, desc=way), drawn):
+            def enlarge(image: Image.Image) -> Image.Image:
+                return upscaler.super_resolve([image], [text], sampling)[0] if sampling else \
+                    image.resize((side, side), Image.Resampling.BICUBIC)
+            found[task, split, lang, "top-1"] += judge.correct(
+                judge.nearest([enlarge(image)])[:, :1], [judge.images_of(text)])[0].tolist()
+            truth, started = judge.dataset.image(i), time.perf_counter()
+            passes.clear()
+            larger = enlarge(resize_and_crop(truth, *pipeline.sizes[0]))
+            seconds, count = time.perf_counter() - started, len(passes)
+            for what, value in {"PSNR": psnr(larger, resize_and_crop(truth, side, side)), "passes": count,
+                                "seconds": seconds}.items():
+                found[task, split, "all", what].append(value)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: one clear line and exit code 2 for bad input."""
-    args = parse_arguments(arguments)
-    with one_line_errors("evaluate.py"):
-        painter = Painter.from_pretrained(args.weights, ready_device(args.device))
-        cascade = args.weights / "stage3"
-        upscaler = Painter.from_pretrained(cascade, args.device) if (cascade / "config.json").is_file() else None
-        sampling = Sampling(cfg=args.cfg, temperature=args.temperature)
-        if args.recipes:
-            sampling = Sampling(cfg=1.0, temperature=args.temperature)
-            rows = recipes_report(painter, args.recipes, args.seed, sampling)
-            print(show(rows, RECIPE_KEYS))
-            write_json(args.out, {"weights": args.weights.name, "seed": args.seed, "sampling": vars(sampling),
-                                  "rows": rows})
-            print(f"wrote {args.out}")
-            return
-        rows = drawing(painter, args.prompts, args.seed, sampling, args.things)
-        if args.best_of > 1:
-            rows += drawing(painter, args.prompts, args.seed, sampling, args.things, args.best_of)
-        for size in painter.sizes[1:]:
-            rows += drawing(painter, args.prompts, args.seed, sampling, args.things, size=size, splits=["seen pairs"])
-        for best_of in (1, CAPTIONS):                                # the likeliest words; and as generate.py captions
-            rows += reading(painter, args.prompts, args.seed, args.things, best_of)
-        rows += restoring(painter, 500, args.seed, args.things)
-        share, _ = look_up(painter.model, painter.tokenizer, 200, args.seed, args.things)
-        report = {"weights": args.weights.name, "seed": args.seed, "sampling": vars(sampling), "rows": rows,
-                  "text_perplexity": perplexity(painter.model, painter.tokenizer, 64, args.seed, args.things),
-                  "text_look_up": share}
-        print(show(rows))
-        if upscaler:
-            report["cascade"] = cascading(painter, upscaler, min(args.prompts, 100), args.seed, sampling, args.things)
-            print(show_cascade(report["cascade"]))
-        print(f"text: perplexity {report['text_perplexity']:.3f}, questions answered {100 * share:.1f}%")
-        write_json(args.out, report)
-        print(f"wrote {args.out}")
+    """The command: prints a table and writes the report."""
+    with ends_in_one_line("evaluate.py"), torch.inference_mode():
+        c, found = parse(EvaluateConfig, arguments), defaultdict(list)
+        pipeline, judge = Pipeline.from_pretrained(c.weights, check_device(c.device)), Judge(Dataset(c.data))
+        tasks = [several] * bool(c.pairs) + [recipes] * c.recipes + [enlarging] * bool(c.stage3)
+        for task in tasks or [drawing, reading] + [language] * (c.data / "text.txt").is_file():
+            task(found, pipeline, judge, c)
+        names, rows = [field.name for field in fields(Sampling)] + ["best_of"], rows_of(found)
+        print(table(rows))
+        write_json(c.out, {"weights": c.weights.resolve().name, "data": c.data.resolve().name, "seed": c.seed,
+                           "sampling": {name: getattr(c, name) for name in names}, "rows": rows})
+        print(f"wrote {c.out}")
 
 
 if __name__ == "__main__":
