@@ -166,8 +166,10 @@ def build(kind, values: argparse.Namespace, parser: argparse.ArgumentParser):
 def ends_in_one_line(program: str):
     """How every command ends: in a result, or in one line on stderr and exit code 2; Ctrl-C in one line and 130.
 
-    With --debug the traceback of an error comes before its line.
+    With --debug the traceback of an error comes before its line. A terminal that cannot show a character shows "?".
     """
+    if hasattr(sys.stdout, "reconfigure"):                # a test's stand-in has none
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()

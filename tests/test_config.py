@@ -191,3 +191,10 @@ def test_a_full_disk_behind_stdout_ends_in_one_line_and_exit_code_2():
         result = subprocess.run(command("print('a few words')"), cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 2 and result.stderr.startswith(b"x.py: [Errno 28]")
     assert result.stderr.count(b"\n") == 1
+
+
+def test_a_command_prints_chinese_where_the_system_has_no_chinese_characters():
+    program = "from config import ends_in_one_line\nwith ends_in_one_line('x'): print('red 红苹果')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+    assert done.stdout.decode("cp1252").strip() == "red ???"
