@@ -409,7 +409,7 @@ def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
 
 def check_memory(model: MARS, gpus: int, memory: int, shard: bool) -> None:
     """Raises ValueError, one line, where weights, gradients and AdamW's moments alone take more than `memory` bytes of
-    each GPU: 16 a parameter that trains; what is frozen is bfloat16, and float32 where it is sharded."""
+    each GPU: 16 a parameter that trains; 2 a frozen one, in bfloat16, and 4 where it is sharded."""
     trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == way) for way in (True, False))
     need = (16 * trained + 4 * frozen) / gpus if shard else 16 * trained + 2 * frozen
     if need > memory:
@@ -418,7 +418,7 @@ def check_memory(model: MARS, gpus: int, memory: int, shard: bool) -> None:
 
 
 def place(model: MARS, c: TokenStage, ranks: Distributed) -> MARS:
-    """Puts the model on its device: what trains in float32; what is frozen in bfloat16 where it multiplies so."""
+    """Puts the model on its device: what trains in float32; what is frozen as it was read, such as Qwen in bfloat16."""
     if ranks.device.type == "cuda":
         check_memory(model, ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory, c.shard)
     for p in model.parameters():
@@ -694,7 +694,7 @@ def run_all(arguments: list[str], config: TrainConfig, preset: str, ranks: Distr
 
 
 def run_stage(name: str, config: TrainConfig, ranks: Distributed) -> None:
-    """Trains one stage. Raises ValueError, one line, for settings that do not fit together."""
+    """Trains one stage. Raises ValueError, one line, for settings that do not fit."""
     if config.batch % ranks.world_size:
         raise ValueError(f"a batch of {config.batch} does not divide over {ranks.world_size} processes")
     if getattr(config, "shard", False) and "RANK" not in os.environ:

@@ -102,7 +102,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs, two, tmp_path):
     pytest.param("stage1", ["--shard", "--micro-batch", 1], marks=pytest.mark.slow),
     *(pytest.param(stage, [], marks=pytest.mark.slow) for stage in ("text", "stage1", "stage2", "joint")),
     pytest.param("joint", ["--shard", "--recompute"], marks=pytest.mark.slow)])
-def test_two_processes_that_share_a_model_or_not_are_as_good_as_one(runs, tmp_path, stage, flags):
+def test_sharded_or_not_two_processes_equal_one_in_every_stage(runs, tmp_path, stage, flags):
     patch = GATHERED.format(path=tmp_path / "gathered")
     output = torchrun(tmp_path, *arguments_of(runs, stage), "--out", tmp_path / "two", *flags, patch=patch)
     check_two(runs, stage, tmp_path / "two", tmp_path, output)
@@ -194,15 +194,16 @@ def test_the_state_to_save_leaves_out_what_is_frozen_on_demand(mars):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has to be told")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """The kernel hands out (and clears) the pages of a tensor of 120 MB once or twice, not twenty times."""
-    program = ("import resource, torch, distributed\n"
+    program = ("import resource, sys, torch, distributed\n"
+               "if sys.argv[1] == 'keep': distributed.check_device('cpu')\n"
                "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-               "def count():\n"
-               "    before = faults()\n"
-               "    for _ in range(20): torch.ones(30_000_000)\n"
-               "    return faults() - before\n"
-               "print(count())\n"
-               "distributed.check_device('cpu')\n"
-               "print(count())")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    returned, kept = map(int, done.stdout.split())
-    assert kept < returned / 4 or returned < 1000                # less than a thousand: huge pages
+               "before = faults()\n"
+               "for _ in range(20): torch.ones(30_000_000)\n"
+               "print(faults() - before)")
+
+    def count(word: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", program, word], cwd=ROOT, capture_output=True, text=True,
+                                  check=True).stdout)
+    returned = count("return")                                   # less than a thousand: huge pages
+    # where the heap lies is random, and may be cramped
+    assert returned < 1000 or any(count("keep") < returned / 4 for _ in range(6))

@@ -1,6 +1,9 @@
 """Claims about Stages II and III and joint output: sizes, the cascade, recipes (paper Sec. 3.4 and 4.6)."""
+import base64
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +16,40 @@ from data import EncodedImages, size_text
 from distributed import Distributed
 from mars import MARS, is_visual
 from scale import training_memory
-from test_train import arguments_of, folder, lines, preset, refused, run, runs, write_lines      # noqa: fixtures
+from test_train import arguments_of, folder, lines, preset, refused, run, runs, weights, write_lines   # noqa: fixtures
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def examples_of(kind, function, n: int = 200, **settings) -> tuple[train.Stage, list]:
     """A stage that is not trained, and n of its training sequences."""
     stage = function(kind(batch=n, **settings), Distributed())
     return stage, [example.content for example in stage.batch(random.Random(0))]
+
+
+# ----------------------------------------------------------------------------- Stage I
+
+@pytest.mark.parametrize("golden, precision", [("qwen3", "bf16"), ("qwen2-transformers5", "fp32")])
+def test_stage_i_grows_out_of_a_published_folder_as_it_is(runs, tmp_path, golden, precision):
+    pytest.importorskip("tiktoken")
+    language = shutil.copytree(GOLDEN / golden, tmp_path / "qwen")
+    ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (language / "qwen.tiktoken").write_bytes(ranks)                                    # and 208 control tokens
+    arguments = [*arguments_of(runs, "stage1")[:-1], language, "--precision", precision]
+    run(*arguments, "--out", tmp_path / "out", "--save-every", 3)
+    before, after = MARS.from_pretrained(language).state_dict(), MARS.from_pretrained(tmp_path / "out").state_dict()
+    same = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert all(torch.equal(tensor.to(same), after[name]) for name, tensor in before.items())
+    assert generate.Pipeline.from_pretrained(tmp_path / "out").text_to_image(["球"])[0].size == (32, 32)
+    written = weights(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-000004.pt").unlink()
+    run(*arguments, "--out", tmp_path / "out", "--resume", "--save-every", 3)
+    assert weights(tmp_path / "out") == written
+
+
+def test_stage_i_goes_on_from_the_language_side_of_a_model_that_draws(runs, tmp_path):
+    run(*arguments_of(runs, "stage1")[:-1], runs / "stage3", "--out", tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(runs / "stage1")
 
 
 # ----------------------------------------------------------------------------- Stage II

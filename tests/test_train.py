@@ -173,7 +173,12 @@ def test_the_optimizer_holds_what_trains_and_nothing_else(mars):
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for name, p in mars.named_parameters() if is_visual(name)}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+    decayed, plain = (group["params"] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {p.ndim for p in decayed} == {2} and {p.ndim for p in plain} == {1}
+    vqgan = train.VQGAN(train.VQGANConfig(hidden_channels=32, channel_mult=(1,), num_embeddings=16))
+    plain = train.make_optimizer(vqgan, TrainConfig()).param_groups[1]["params"]
+    assert any(p is vqgan.quantize.embedding.weight for p in plain)            # no decay on the codebook
 
 
 def test_bf16_trains_float32_weights_and_draws_samples_from_a_frozen_side_in_bfloat16(runs, tmp_path):
@@ -241,6 +246,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(runs, tmp_path, stage):
     for path in [*parts.rglob("model.safetensors"), parts / "checkpoint-000004.pt"]:
         path.unlink()
     (parts / "checkpoint-000003.pt").write_bytes(b"half a file")
+    (parts / ".tmp-model-x.safetensors").write_bytes(b"half a file, too")
     run(*arguments_of(runs, stage), "--out", parts, "--resume")
     assert weights(parts) == weights(runs / stage)
     assert lines(parts) == lines(runs / stage)
