@@ -349,7 +349,8 @@ class EncodeConfig(Filters):
     data: Path = setting(Path("data/emoji"), "a folder of images with captions")
     out: Path = setting(Path("tokens"), "the folder to write; run again, it goes on")
     weights: Path = setting(Path("weights/emoji"), "the image tokenizer, or a model with one")
-    keep_aspect: bool = setting(False, "Stage II: not squares; the shorter side is fixed")
+    max_aspect: float = setting(1.0, "Stage II: most that the longer side may be of the shorter; 1: squares", least=1,
+                                most=16)
     skip_bad: bool = setting(False, "leave out images that cannot be read, and list them")
     device: str = setting("cpu", "cpu, cuda, cuda:1 ...")
 
@@ -394,7 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
             return inspect(build(InspectConfig, values, parser))
         c, ranks = build(EncodeConfig, values, parser), init(values.device)
         vqgan = VQGAN.from_pretrained(c.weights, ranks.device)
-        resize = Resize(vqgan.config.resolution, c.keep_aspect)
+        resize = Resize(vqgan.config.resolution, c.max_aspect)
         with lock(c.out) if ranks.is_main else contextlib.nullcontext():
             encoded = encode(Dataset(c.data), vqgan, resize, c.out, ranks, filters=c, skip_bad=c.skip_bad)
         if ranks.is_main:

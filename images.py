@@ -49,13 +49,13 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 class Resize:
     """Sec. 3.4: the size that images are encoded at: one square in Stage I; from Stage II on each has its own."""
     side: int                     # of the square, or the shorter side; in pixels
-    keep_aspect: bool = False     # the longer side as the image has it, but at most twice as long
+    max_aspect: float = 1.0        # most that the longer side may be of the shorter, as the image has it; 1: a square
     long_side: int = 0            # Stage III: then enlarged to this longer side; 0: not
 
     def size(self, image: Image.Image, factor: int) -> tuple[int, int]:
         """(H, W) in pixels, multiples of the down-sampling factor."""
         width, height = image.size
-        ratio = min(2.0, max(width, height) / min(width, height)) if self.keep_aspect else 1.0
+        ratio = min(self.max_aspect, max(width, height) / min(width, height))
         long = round(self.side * ratio / factor) * factor
         size = (long, self.side) if height > width else (self.side, long)
         return upscaled_size(size, self.long_side, factor) if self.long_side else size

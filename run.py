@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 

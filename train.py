@@ -11,10 +11,8 @@
 
 Shapes: B batch, T tokens, K tokens predicted at each position.
 """
-import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,18 +31,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from config import add_flags, build, check, ends_in_one_line, setting
-from data import (EncodedImages, Sequence, captioning, collate, decode_each, encode, joint, open_dataset, size_text,
-                  targets_of, text_to_image)
+from config import Parser, add_flags, build, check, ends_in_one_line, setting
+from data import (EncodedImages, Sequence, captioning, collate, joint, open_dataset, size_text, targets_of,
+                  text_to_image)
 from dataset import open_recipes
 from distributed import Distributed, bad_input_is_final, cleanup, full_state, init, parallelize, sync_gradients
-from files import lock, read_text, write_json, write_text
+from files import lock, read_text, write_text
 from generate import Pipeline, Sampling, load_stage, write_page
 from images import Resize, grid, psnr, resize_and_crop, save_image, to_image, to_pixels
 from mars import IGNORE, MARS, MARSConfig
+from pool import Pool, digest_of, encode_all, image_of, in_training, leave_out, sizes_of
 from run import Output, bad_loss, claim, open_metrics, resume, save, stop_signals
 from tokenizer import TextTokenizer, load_tokenizer
-from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANLossConfig
+from vqgan import VQGAN, VQGANConfig
+from vqgan_loss import VQGANLoss, VQGANLossConfig
 
 
 # ----------------------------------------------------------------------------- the settings of each stage
@@ -132,6 +132,7 @@ class Stage1(PairStage):
 class Stage2(PairStage):
     """Sec. 3.4, Stage II: goes on from Stage I with free aspect ratio and fine captions that name the size."""
     init: Path = setting(Path("weights/emoji"), "Stage I, or an earlier run of this stage")
+    max_aspect: float = setting(2.0, "most that the longer side may be of the shorter; more is cropped", least=1, most=16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ class Stage3(TokenStage):
     """Sec. 3.4, Stage III: the cascade, from a caption and a small image to the large one, K tokens at a time."""
     init: Path = setting(Path("weights/emoji"), "Stage II, or an earlier run of this stage")
     k: int = setting(16, "K of Eq. 2", least=1, most=64)
+    max_aspect: float = setting(2.0, "most that the longer side may be of the shorter; more is cropped", least=1, most=16)
     long_side: int = setting(128, "of the large images, in pixels; the paper's is 1024", least=2)
     corruption: float = setting(0.05, "fraction of wrong tokens in the small image; ours", least=0, most=1)
     caption_drop: float = setting(0.1, "fraction of captions dropped for guidance; ours", least=0, most=1)
@@ -252,96 +254,6 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
 
 
-# ----------------------------------------------------------------------------- data that stages train on
-
-def in_training(facts: dict) -> bool:
-    """Whether an image may be trained on: it is of no held-out split."""
-    return facts.get("split", "train") == "train"
-
-
-def digest_of(datasets: list, *more: str) -> str:
-    """Changes when the names, captions, facts or, once encoded, tokens of a dataset change."""
-    found = hashlib.sha256("\n".join(more).encode())
-    for dataset in datasets:
-        for i in range(len(dataset)):
-            found.update(json.dumps([dataset.name(i), dataset.captions(i), dataset.facts(i)]).encode())
-            if isinstance(dataset, EncodedImages):
-                found.update(dataset[i].tobytes())
-    return found.hexdigest()
-
-
-def leave_out(c: TrainConfig, bad: list[tuple[str, str]], ranks: Distributed) -> None:
-    """Lists what cannot be trained on, each with its reason. Raises ValueError, one line, without --skip-bad."""
-    if bad and not c.skip_bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0][0]}: {bad[0][1]}{more}; --skip-bad leaves out what cannot be trained on")
-    if bad and ranks.is_main:
-        write_json(c.out / "left-out.json", bad)
-        print(f"{len(bad)} left out; {c.out / 'left-out.json'} says why")
-
-
-class Pool:
-    """The captioned images of several encoded folders, those to train on and those held out.
-
-    A folder is drawn as often as another one, an image as often as its weight says.
-    """
-
-    def __init__(self, c: TokenStage, ranks: Distributed, encoded: list[EncodedImages], tokenizer, max_seq_len: int,
-                 longest: int):
-        """longest: most tokens of an image. Raises ValueError, one line, for a caption that does not fit into the
-        model's max_seq_len with them, see `leave_out`."""
-        room, bad = max_seq_len - longest - 16, []                                     # 16: size and special tokens
-        if room < 1:
-            raise ValueError(f"{c.data[0]}: images of {longest} tokens do not fit into the max_seq_len of the model, "
-                             f"{max_seq_len}; expected smaller ones, or a text stage of longer sequences")
-        for images in encoded:
-            for i in images.valid:
-                lengths = [len(tokenizer.encode(text)) for text in images.captions(i)]
-                bad += [(images.name(i), f"a caption of {n} tokens, expected at most {room}: {text[:60]!r}")
-                        for text, n in zip(images.captions(i), lengths) if n > room]
-                images.records[i]["captions"] = [text for text, n in zip(images.captions(i), lengths) if n <= room]
-        leave_out(c, bad, ranks)
-        train = [[i for i in images.valid if in_training(images.facts(i))] for images in encoded]
-        self.folders = [(images, rows, list(itertools.accumulate(images.facts(i).get("weight", 1.0) for i in rows)))
-                        for images, rows in zip(encoded, train) if rows]
-        if not self.folders:
-            raise ValueError(f"{c.data[0]}: no image to train on is left")
-        self.held_out = [(images, i) for images in encoded for i in images.valid if not in_training(images.facts(i))]
-
-    def draw(self, rng: random.Random) -> tuple[EncodedImages, int]:
-        """One image to train on."""
-        images, rows, weights = rng.choice(self.folders)
-        return images, rng.choices(rows, cum_weights=weights)[0]
-
-    def some(self, n: int, seed: int) -> list[tuple[EncodedImages, int, str]]:
-        """Up to n images to train on that have a caption, each with one of its captions."""
-        rng = random.Random(seed)
-        drawn = [(*item, self.caption(*item, rng)) for item in (self.draw(rng) for _ in range(4 * n))]
-        return [item for item in drawn if item[2]][:n]
-
-    @staticmethod
-    def caption(images: EncodedImages, i: int, rng: random.Random) -> str | None:
-        """One of an image's captions; None where it has none."""
-        return rng.choice(images.captions(i)) if images.captions(i) else None
-
-
-def encode_all(c: TokenStage, vqgan: VQGAN, resize: Resize, name: str, ranks: Distributed) -> list[EncodedImages]:
-    """Every folder of --data as image tokens, once; they are kept in --out."""
-    return [encode(open_dataset(path), vqgan, resize, c.out / name / str(j), ranks, skip_bad=c.skip_bad)
-            for j, path in enumerate(c.data)]
-
-
-def sizes_of(encoded: list[EncodedImages], vqgan: VQGAN) -> tuple[tuple[int, int], ...]:
-    """(H, W) in pixels of all images, squares first."""
-    found = {tuple(n * vqgan.factor for n in images.shapes[i]) for images in encoded for i in images.valid}
-    return tuple(sorted(found, key=lambda size: (size[0] != size[1], size)))
-
-
-def image_of(vqgan: VQGAN, images: EncodedImages, i: int) -> Image.Image:
-    """Image i as the image tokenizer gives it back."""
-    return decode_each(vqgan, torch.from_numpy(images[i].astype("int64"))[None])[0]
-
-
 # ----------------------------------------------------------------------------- Sec. 3.3: the image tokenizer
 
 def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
@@ -428,8 +340,10 @@ def place(model: MARS, c: TokenStage, ranks: Distributed) -> MARS:
 
 
 def next_token_stage(c: TokenStage, ranks: Distributed, model: MARS, tokenizer, vqgan: VQGAN | None,
-                     example: Callable[[random.Random], Example], sample, offset: bool = False, **made_of) -> Stage:
-    """Eq. 1 and 2 over a step's sequences. offset: heads 2 to K are asked at every K-th position, as in sampling."""
+                     example: Callable[[random.Random], Example], sample, *, offset: bool = False,
+                     names: list[str] = (), **made_of) -> Stage:
+    """Eq. 1 and 2 over a step's sequences. offset: heads 2 to K are asked at every K-th position, as in sampling;
+    names: what generate.py says that the weights know."""
     vocabulary, k, kept = model.vocabulary, model.config.k, model.text_embedding.weight.dtype
 
     def batch(rng: random.Random) -> list[Example]:
@@ -448,6 +362,8 @@ def next_token_stage(c: TokenStage, ranks: Distributed, model: MARS, tokenizer, 
             tokenizer.save_pretrained(out)
             if vqgan:
                 vqgan.save_pretrained(out / "vqgan")
+            if names:
+                write_text(out / "names.txt", "\n".join(names) + "\n")
     text = tokenizer.model if isinstance(tokenizer, TextTokenizer) else repr(sorted(tokenizer.files.items())).encode()
     made_of |= {"text_tokenizer": hashlib.sha256(text).hexdigest()}
     return Stage(model, batch, tensors, sample, save, made_of, vocabulary.size)
@@ -496,7 +412,7 @@ def stage1(c: Stage1, ranks: Distributed) -> Stage:
 def stage2(c: Stage2, ranks: Distributed) -> Stage:
     """Sec. 3.4, Stage II: images keep their aspect ratio, captions name the size in pixels."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
-    encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution, keep_aspect=True), "tokens", ranks)
+    encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution, c.max_aspect), "tokens", ranks)
     model = MARS.grow(earlier, sizes=sizes_of(encoded, vqgan))
     return pair_stage(c, ranks, model, vqgan, tokenizer, encoded, init_content=fingerprint(earlier))
 
@@ -531,7 +447,7 @@ def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, toke
             return {}
         inputs = stage.tensors(held_out, rng)
         return {"held_out_loss": float(model(*(x.to(ranks.device) for x in inputs)))}
-    stage = next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, **made_of,
+    stage = next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, names=pool.names(), **made_of,
                              data_content=digest_of(encoded))
     return stage
 
@@ -560,8 +476,8 @@ def stage3(c: Stage3, ranks: Distributed) -> Stage:
     """Sec. 3.4, Stage III: weights of its own that start as Stage II's; caption, small image, large image."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
     side = vqgan.config.resolution
-    small = encode_all(c, vqgan, Resize(side, keep_aspect=True), "tokens-small", ranks)
-    large = encode_all(c, vqgan, Resize(side, keep_aspect=True, long_side=c.long_side), "tokens-large", ranks)
+    small = encode_all(c, vqgan, Resize(side, c.max_aspect), "tokens-small", ranks)
+    large = encode_all(c, vqgan, Resize(side, c.max_aspect, c.long_side), "tokens-large", ranks)
     model = MARS.grow(earlier, k=c.k, sizes=sizes_of(small, vqgan), long_side=c.long_side,
                       generator=torch.Generator().manual_seed(c.seed))
     model, vocabulary = place(model.freeze_language(), c, ranks), model.vocabulary
@@ -641,18 +557,19 @@ SMALL_VQGAN = dict(resolution=64, hidden_channels=64, channel_mult=(1, 1, 2), nu
                    no_attn_mid_block=True, z_channels=64, num_embeddings=4096, quantized_embed_dim=16, norm_groups=8,
                    stem=2, local_encoder=True, weight_decay=0.01, precision="bf16", warm_up=250, ema=0.99,
                    restart_every=100, crops=0.3, disc_channels=32)
+SMALL = dict(precision="bf16", save_bf16=True)                    # a CPU multiplies in bfloat16 three times as fast
 
 PRESETS = {
     "emoji": {
-        "vqgan": SMALL_VQGAN | dict(steps=12_000, batch=8, lr=1.5e-3, gan=0.1, gan_start=9_000),
-        "text": dict(steps=4000, batch=64, lr=2e-3, width=192, layers=4, heads=6),
-        "stage1": dict(steps=20_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
-        "stage2": dict(steps=8000, batch=16, lr=1e-3, captioning_ratio=0.1),
-        "stage3": dict(steps=4000, batch=8, lr=1e-3),
-        "joint": dict(steps=2000, batch=8, lr=5e-4)},
+        "vqgan": SMALL_VQGAN | dict(steps=11_000, batch=8, lr=1.5e-3, gan=0.1, gan_start=8_500),
+        "text": SMALL | dict(steps=4000, batch=64, lr=2e-3, width=192, layers=4, heads=6),
+        "stage1": SMALL | dict(steps=15_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
+        "stage2": SMALL | dict(steps=8000, batch=16, lr=1e-3, captioning_ratio=0.1, max_aspect=3.0),
+        "stage3": SMALL | dict(steps=4000, batch=8, lr=1e-3),
+        "joint": SMALL | dict(steps=2000, batch=8, lr=5e-4)},
     "nano": {
-        "text": dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
-        "stage1": dict(steps=4000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
+        "text": SMALL | dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
+        "stage1": SMALL | dict(steps=4000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
     "qwen": {      # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
         "vqgan": dict(steps=500_000, batch=64, lr=1e-4),
         "stage1": dict(steps=48_000, batch=4096, lr=1e-4),
@@ -663,13 +580,13 @@ PRESETS = {
 
 def read_flags(arguments: list[str]) -> tuple[str, TrainConfig, str]:
     """The command line -> the stage's name, its settings, and the preset's name."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--preset", default="emoji")
     preset = first.parse_known_args(arguments)[0].preset
-    parser = argparse.ArgumentParser("train.py", description="Trains one stage of MARS, or all of a preset in a row.")
+    parser = Parser("train.py", description="Trains one stage of MARS, or all of a preset in a row.")
     stages = parser.add_subparsers(dest="stage", required=True)
     for name, (kind, _) in (STAGES | {"all": (TrainConfig, None)}).items():
-        sub = stages.add_parser(name, help=kind.__doc__.splitlines()[0], allow_abbrev=False)
+        sub = stages.add_parser(name, help=kind.__doc__.splitlines()[0])
         sub.add_argument("--preset", choices=PRESETS, default="emoji", help="settings of each stage, see PRESETS")
         add_flags(sub, kind)
         sub.set_defaults(**PRESETS.get(preset, {}).get(name, {}))

@@ -167,9 +167,9 @@ def test_resize_keeps_the_middle_and_pixels_come_back():
 
 @pytest.mark.parametrize("size, resize, expected", [
     ((300, 100), Resize(64), (64, 64)),                                                 # Stage I
-    ((150, 100), Resize(64, keep_aspect=True), (64, 96)),                               # Stage II
-    ((100, 900), Resize(64, keep_aspect=True), (128, 64)),                              # at most twice as long
-    ((150, 100), Resize(64, keep_aspect=True, long_side=256), (168, 256)),              # Stage III
+    ((150, 100), Resize(64, 2.0), (64, 96)),                               # Stage II
+    ((100, 900), Resize(64, 2.0), (128, 64)),                              # at most twice as long
+    ((150, 100), Resize(64, 2.0, 256), (168, 256)),              # Stage III
 ])
 def test_each_stage_has_its_sizes(size, resize, expected):
     assert resize.size(Image.new("RGB", size), 8) == expected
@@ -594,7 +594,7 @@ def test_the_command_encodes_a_folder_and_shows_what_was_encoded(tmp_path, capsy
                           attn_resolutions=(), z_channels=4, num_embeddings=8,
                           quantized_embed_dim=4)).save_pretrained(path)
     fill(tmp_path / "data", {"a.png": png(), "a.txt": "a cat", "b.png": png(size=(16, 8)), "c.png": b"no image"})
-    flags, out = ["--data", tmp_path / "data", "--weights", weights, "--keep-aspect"], tmp_path / "tokens"
+    flags, out = ["--data", tmp_path / "data", "--weights", weights, "--max-aspect", "2"], tmp_path / "tokens"
 
     def command(*arguments):
         data.main([str(argument) for argument in arguments])

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import mars as mars_module
-from conftest import SMALL, make_language, make_mars
+from conftest import make_language, make_mars
 from data import targets_of
-from mars import IGNORE, MARS, MARSConfig, is_visual
+from mars import MARS, is_visual
 from semvie import Router, SwiGLU
 from tokenizer import Vocabulary
 

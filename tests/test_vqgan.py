@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from vqgan import VQGAN, VQGANConfig, VQGANLoss, VQGANLossConfig
+from vqgan import VQGAN, VQGANConfig
+from vqgan_loss import VQGANLoss, VQGANLossConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = VQGANConfig(resolution=16, hidden_channels=32, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(4,),

@@ -1,0 +1,114 @@
+"""The images that a stage trains on: encoded once, drawn by weight, those of held-out splits kept apart.
+
+Not in the paper beyond Sec. 3.5. c is the settings of a stage, see train.py.
+"""
+import hashlib
+import itertools
+import json
+import random
+
+import torch
+from PIL import Image
+
+from data import EncodedImages, decode_each, encode, open_dataset
+from distributed import Distributed
+from files import write_json
+from images import Resize
+from vqgan import VQGAN
+
+
+def in_training(facts: dict) -> bool:
+    """Whether an image may be trained on: it is of no held-out split."""
+    return facts.get("split", "train") == "train"
+
+
+def digest_of(datasets: list, *more: str) -> str:
+    """Changes when the names, captions, facts or, once encoded, tokens of a dataset change."""
+    found = hashlib.sha256("\n".join(more).encode())
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            found.update(json.dumps([dataset.name(i), dataset.captions(i), dataset.facts(i)]).encode())
+            if isinstance(dataset, EncodedImages):
+                found.update(dataset[i].tobytes())
+    return found.hexdigest()
+
+
+def leave_out(c, bad: list[tuple[str, str]], ranks: Distributed) -> None:
+    """Lists what cannot be trained on, each with its reason. Raises ValueError, one line, without --skip-bad."""
+    if bad and not c.skip_bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0][0]}: {bad[0][1]}{more}; --skip-bad leaves out what cannot be trained on")
+    if bad and ranks.is_main:
+        write_json(c.out / "left-out.json", bad)
+        print(f"{len(bad)} left out; {c.out / 'left-out.json'} says why")
+
+
+class Pool:
+    """The captioned images of several encoded folders, those to train on and those held out.
+
+    A folder is drawn as often as another one, an image as often as its weight says.
+    """
+
+    def __init__(self, c, ranks: Distributed, encoded: list[EncodedImages], tokenizer, max_seq_len: int,
+                 longest: int):
+        """longest: most tokens of an image. Raises ValueError, one line, for a caption that does not fit into the
+        model's max_seq_len with them, see `leave_out`."""
+        room, bad = max_seq_len - longest - 16, []                                     # 16: size and special tokens
+        if room < 1:
+            raise ValueError(f"{c.data[0]}: images of {longest} tokens do not fit into the max_seq_len of the model, "
+                             f"{max_seq_len}; expected smaller ones, or a text stage of longer sequences")
+        for images in encoded:
+            for i in images.valid:
+                lengths = [len(tokenizer.encode(text)) for text in images.captions(i)]
+                bad += [(images.name(i), f"a caption of {n} tokens, expected at most {room}: {text[:60]!r}")
+                        for text, n in zip(images.captions(i), lengths) if n > room]
+                images.records[i]["captions"] = [text for text, n in zip(images.captions(i), lengths) if n <= room]
+        leave_out(c, bad, ranks)
+        train = [[i for i in images.valid if in_training(images.facts(i))] for images in encoded]
+        self.folders = [(images, rows, list(itertools.accumulate(images.facts(i).get("weight", 1.0) for i in rows)))
+                        for images, rows in zip(encoded, train) if rows]
+        if not self.folders:
+            raise ValueError(f"{c.data[0]}: no image to train on is left")
+        self.held_out = [(images, i) for images in encoded for i in images.valid if not in_training(images.facts(i))]
+
+    def draw(self, rng: random.Random) -> tuple[EncodedImages, int]:
+        """One image to train on."""
+        images, rows, weights = rng.choice(self.folders)
+        return images, rng.choices(rows, cum_weights=weights)[0]
+
+    def some(self, n: int, seed: int) -> list[tuple[EncodedImages, int, str]]:
+        """Up to n images to train on that have a caption, each with one of its captions."""
+        rng = random.Random(seed)
+        drawn = [(*item, self.caption(*item, rng)) for item in (self.draw(rng) for _ in range(4 * n))]
+        return [item for item in drawn if item[2]][:n]
+
+    def names(self) -> list[str]:
+        """What captions call their images: of each image those captions that hold no other one, in lower case."""
+        found = set()
+        for images, rows, _ in self.folders:
+            for i in rows:
+                texts = {text.casefold() for text in images.captions(i)}
+                found |= {text for text in texts if not any(other != text and other in text for other in texts)}
+        return sorted(found)
+
+    @staticmethod
+    def caption(images: EncodedImages, i: int, rng: random.Random) -> str | None:
+        """One of an image's captions; None where it has none."""
+        return rng.choice(images.captions(i)) if images.captions(i) else None
+
+
+def encode_all(c, vqgan: VQGAN, resize: Resize, name: str, ranks: Distributed) -> list[EncodedImages]:
+    """Every folder of --data as image tokens, once; they are kept in --out."""
+    return [encode(open_dataset(path), vqgan, resize, c.out / name / str(j), ranks, skip_bad=c.skip_bad)
+            for j, path in enumerate(c.data)]
+
+
+def sizes_of(encoded: list[EncodedImages], vqgan: VQGAN) -> tuple[tuple[int, int], ...]:
+    """(H, W) in pixels of all images, squares first."""
+    found = {tuple(n * vqgan.factor for n in images.shapes[i]) for images in encoded for i in images.valid}
+    return tuple(sorted(found, key=lambda size: (size[0] != size[1], size)))
+
+
+def image_of(vqgan: VQGAN, images: EncodedImages, i: int) -> Image.Image:
+    """Image i as the image tokenizer gives it back."""
+    return decode_each(vqgan, torch.from_numpy(images[i].astype("int64"))[None])[0]

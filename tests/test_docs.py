@@ -1,0 +1,155 @@
+"""README.md and docs/: commands parse, links resolve, numbers and figures are those of their sources."""
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(figures)
+
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in figures.pages()}
+every_page = pytest.mark.parametrize("page", PAGES)
+REPORT = ROOT / "weights" / "emoji" / "report.json"
+
+# program -> what parses its arguments
+PARSERS = {"train.py": lambda words: importlib.import_module("train").read_flags(words),
+           "generate.py": lambda words: parse("generate", "GenerateConfig", words),
+           "evaluate.py": lambda words: parse("evaluate", "EvaluateConfig", words),
+           "openmoji.py": lambda words: parse("openmoji", "OpenMoji", words),
+           "mars.py": lambda words: parse("scale", "Plan", words),
+           "data.py": lambda words: parse("data", f"{words[0].title()}Config", words[1:]),
+           "docs/figures.py": lambda words: figures.make_parser().parse_args(words)}
+OTHERS = ("pip install ", "hf download ", "python -m pytest", "cd ", "jupyter ", "mkdir ", "tar ")
+
+
+def parse(module: str, kind: str, words: list[str]):
+    """The settings dataclass of a program, from its arguments; SystemExit where they do not fit."""
+    return config.parse(getattr(importlib.import_module(module), kind), words, program=module)
+
+
+def commands(text: str) -> list[str]:
+    """Every command of a page's bash blocks, and what else stands in backticks and begins with python."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [line for line in [*lines, *inline] if line and not line.startswith("#")]
+
+
+def check_command(command: str) -> None:
+    """Parses one command. Raises SystemExit or AssertionError where a program would refuse it."""
+    for line in command.split(" && "):
+        if line.startswith(OTHERS):
+            continue
+        words = shlex.split(line, comments=True)
+        assert words[0] in ("python", "torchrun"), line
+        program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert (ROOT / words[program]).is_file(), line
+        name = words[program]
+        if name in PARSERS:
+            PARSERS[name](words[program + 1:])
+
+
+@every_page
+def test_every_command_is_one_that_its_program_accepts(page):
+    for command in commands(PAGES[page]):
+        if "..." not in command and "--help" not in command:
+            check_command(command)
+
+
+@pytest.mark.parametrize("command", ["python generate.py --no-such-flag", "python train.py stage1 --preset huge",
+                                     "python no_such_file.py", "make all", "python data.py encode --steps 3"])
+def test_a_command_that_its_program_refuses_is_noticed(command, capsys):
+    with pytest.raises((SystemExit, AssertionError)):
+        check_command(command)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_link_leads_to_a_file_and_to_a_heading_that_it_has(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            assert ROOT in [file.resolve(), *file.resolve().parents], f"{page}: {target} leaves the repository"
+            if anchor and file.suffix == ".md":
+                assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+@every_page
+def test_numbers_are_those_of_the_json_and_line_links_those_of_the_code(page):
+    """Where this fails: `python docs/figures.py update`."""
+    text = PAGES[page]
+    assert figures.update(text, (ROOT / page).parent) == text
+    for name, target in re.findall(r"\[`(\w[\w.]*)`\]\(([^)]+)\)", text):
+        assert re.fullmatch(r"[\w./]+\.py#L\d+", target) or name.endswith((".py", ".md")), f"{name}: {target}"
+    assert not REPORT.is_file() or "TODO" not in text
+
+
+def test_a_number_that_changed_and_a_line_that_moved_are_written_anew(monkeypatch, tmp_path):
+    (tmp_path / "a.py").write_text("import os\n\n\nclass A:\n    def f(self):\n        pass\n", encoding="utf-8")
+    rows = [{"task": "drawing", "split": "seen", "language": "en", "what": "top-1", "accuracy": 0.9713, "n": 9},
+            {"task": "reconstruction", "split": "seen", "language": "all", "what": "PSNR", "value": 25.714, "n": 9}]
+    monkeypatch.setattr(figures, "content", lambda name: {"rows": rows})
+    text = "<!--= drawing, seen, en, top-1 -->1%<!--/--> <!--= reconstruction, seen, all, PSNR -->2<!--/--> " \
+           "[`A.f`](a.py#L9)"
+    assert figures.update(text, tmp_path) == (
+        "<!--= drawing, seen, en, top-1 -->97.1%<!--/--> <!--= reconstruction, seen, all, PSNR -->25.71<!--/--> "
+        "[`A.f`](a.py#L5)")
+    assert "TODO(no, such, row, x)" in figures.update("<!--= no, such, row, x -->1<!--/-->", tmp_path)
+    with pytest.raises(ValueError, match="has no B"):
+        figures.update("[`B`](a.py#L1)", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["architecture", "layouts"])
+def test_drawn_figures_are_what_the_script_draws(name):
+    """Where this fails: `python docs/figures.py drawings`."""
+    assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == getattr(figures, name)()
+
+
+def test_the_readme_fits_on_a_few_screens_and_starts_with_a_run():
+    assert len(PAGES["README.md"].splitlines()) <= 180
+    assert commands(PAGES["README.md"])[:3] == ["pip install -r requirements.txt", 'python generate.py "red apple"',
+                                                "python -m pytest"]
+
+
+def test_the_map_of_the_paper_names_a_test_for_every_line():
+    tests = set().union(*(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+                          for path in (ROOT / "tests").glob("test_*.py")))
+    named = re.findall(r"`(test_\w+)`", PAGES["docs/paper.md"])
+    assert len(named) > 30 and set(named) <= tests, set(named) - tests
+
+
+@every_page
+def test_the_words_are_the_fields_and_nothing_names_a_machine(page):
+    prose = re.sub(r'"[^"]*"|“[^”]*”', "", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S))
+    words = "codecs?|things?|pictures?|shares?|twins?|painter|together|beside|renamed"
+    assert not re.findall(rf"\b({words})\b", prose, re.IGNORECASE)
+    assert not re.findall(r"/work\b|/tmp\b|/root\b|/home/|pypi\.org|pythonhosted|localhost", PAGES[page])
+    long = [line for line in PAGES[page].splitlines() if len(line) > 120]
+    assert [line for line in long if "|" not in line and not line.startswith(("python", "torchrun"))] == []
+
+
+def test_requirements_are_pinned_and_few():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = [re.fullmatch(r"([a-z]+)==[\d.]+( *#.*)?", line)[1] for line in lines]
+    assert names == ["torch", "numpy", "pillow", "tqdm", "sentencepiece", "safetensors", "pytest"]
+
+
+def test_the_script_ends_in_one_line_where_it_is_asked_for_nonsense():
+    done = subprocess.run([sys.executable, "docs/figures.py", "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "invalid choice" in done.stderr
