@@ -127,7 +127,8 @@ def add_flags(parser: argparse.ArgumentParser, kind) -> None:
         hint = next((option for option in typing.get_args(hint) if option is not type(None)), hint) \
             if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
         many = typing.get_origin(hint) is tuple
-        default = "" if field.default in (None, dataclasses.MISSING, False, ()) else f" (default: {field.default})"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if field.default in (None, dataclasses.MISSING, False, (), "") else f" (default: {default})"
         more = {"help": (how.get("help", "") + default).replace("%", "%%")}
         if hint is bool:
             more |= {"action": "store_true"}

@@ -5,7 +5,6 @@
 
 Shapes: B batch, T tokens, K tokens predicted at each position, (h, w) latent grid, (H, W) pixels.
 """
-import argparse
 import bisect
 import collections
 import contextlib
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from config import add_flags, build, check, ends_in_one_line, setting
+from config import Parser, add_flags, build, check, ends_in_one_line, setting
 from dataset import Captioned, Dataset, make_record
 from distributed import Distributed, bad_input_is_final, cleanup, init
 from files import atomic_write, check_regular, first_line, lock, read_json, write_json
@@ -386,7 +385,7 @@ def inspect(c: InspectConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     with bad_input_is_final(), ends_in_one_line("data.py"):
-        parser = argparse.ArgumentParser("data.py", description="Encodes images once, and shows what was encoded.")
+        parser = Parser("data.py", description="Encodes images once, and shows what was encoded.")
         commands = parser.add_subparsers(dest="command", required=True)
         for name, kind in (("encode", EncodeConfig), ("inspect", InspectConfig)):
             add_flags(commands.add_parser(name, help=kind.__doc__), kind)
