@@ -26,7 +26,7 @@ from config import ends_in_one_line, parse, setting
 from data import captioning, decode_each, encode_each, prompt, size_text, text_to_image
 from distributed import check_device
 from files import atomic_write, read_text, write_text
-from images import enlarge, grid, open_image, resize_and_crop, save_image, to_pixels, upscaled_size
+from images import enlarge, grid, open_image, resize_and_crop, save_image, to_pixels, undo_enlarge, upscaled_size
 from mars import MARS
 from sampling import GREEDY, Sampling, generate_image_tokens, generate_text, log_likelihood
 from tokenizer import QwenTokenizer, TextTokenizer, load_tokenizer
@@ -34,6 +34,7 @@ from vqgan import VQGAN
 
 WEIGHTS = Path(__file__).parent / "weights" / "emoji"
 BATCH = 64                            # sequences sampled at a time
+SMALL = 100_000_000                   # parameters of a model that one thread of the CPU samples from fastest
 SPACING = 1_000_003                   # between the seeds of an image's candidates: more than any grid has images
 
 
@@ -303,11 +304,19 @@ def write_page(path: str | Path, title: str, text: str, images: list[Image.Image
     write_text(path, "\n\n".join([f"# {' '.join(title.split())}", *parts]) + "\n")
 
 
+def load_pipeline(directory: Path, device: str) -> Pipeline:
+    """Not in the paper: for the command, which leaves a small model one thread: more wait for each other."""
+    pipeline = Pipeline.from_pretrained(directory, device)
+    if sum(p.numel() for p in pipeline.model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    return pipeline
+
+
 def from_prompts(c: GenerateConfig, device: str) -> list[Image.Image]:
     """`generate.py PROMPT ...`: the images, enlarged with --upscale."""
     weights = c.weights or WEIGHTS
-    pipeline = Pipeline.from_pretrained(weights, device)
-    upscaler = None if c.upscale is None else Pipeline.from_pretrained(weights / "stage3", device)
+    pipeline = load_pipeline(weights, device)
+    upscaler = None if c.upscale is None else load_pipeline(weights / "stage3", device)
     if (weights / "names.txt").is_file():
         names = [name for name in read_text(weights / "names.txt").split("\n") if name.strip()]
         for unknown, nearest in (unknown_words(text, names) for text in c.prompts):
@@ -332,17 +341,17 @@ def main(arguments: list[str] | None = None) -> None:
         c = parse(GenerateConfig, arguments)
         device, out = check_device(c.device), c.out or Path("out.md" if c.recipe else "out.png")
         if c.caption:
-            image = open_image(c.caption)
-            print(Pipeline.from_pretrained(c.weights or WEIGHTS, device).caption_images([image], c.best_of, c.seed)[0])
+            image = undo_enlarge(open_image(c.caption))
+            print(load_pipeline(c.weights or WEIGHTS, device).caption_images([image], c.best_of, c.seed)[0])
             return
         if c.recipe:
-            pipeline = Pipeline.from_pretrained(c.weights or WEIGHTS / "joint", device)
+            pipeline = load_pipeline(c.weights or WEIGHTS / "joint", device)
             (text, images), = pipeline.interleaved([c.recipe], c, [c.seed])
             write_page(out, c.recipe, text, images)
             print(text)
         elif c.upscale:
-            image = open_image(c.upscale[0])
-            pipeline = Pipeline.from_pretrained(c.weights or WEIGHTS / "stage3", device)
+            image = undo_enlarge(open_image(c.upscale[0]))
+            pipeline = load_pipeline(c.weights or WEIGHTS / "stage3", device)
             sampling = dataclasses.replace(GREEDY, k=c.k, unverified=c.unverified)
             larger, = pipeline.super_resolve([image], [c.prompt], sampling, [c.seed])
             save_image(enlarge(larger, c.scale), out)

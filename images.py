@@ -99,6 +99,16 @@ def enlarge(image: Image.Image, scale: int = 0) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
+def undo_enlarge(image: Image.Image) -> Image.Image:
+    """Not in the paper: what `enlarge` made `image` of, pixel for pixel; any other image as it is."""
+    for n in range(min(image.size) // 8, 1, -1):
+        if image.width % n == 0 and image.height % n == 0:
+            small = image.reduce(n)
+            if small.resize(image.size, Image.Resampling.NEAREST).tobytes() == image.tobytes():
+                return small
+    return image
+
+
 def save_image(image: Image.Image, path: str | Path) -> None:
     """Not in the paper: writes a PNG. Raises ValueError, one line, where the path cannot be written."""
     atomic_write(path, lambda temporary: image.save(temporary, format="PNG"))

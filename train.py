@@ -132,7 +132,7 @@ class Stage1(PairStage):
 class Stage2(PairStage):
     """Sec. 3.4, Stage II: goes on from Stage I with free aspect ratio and fine captions that name the size."""
     init: Path = setting(Path("weights/emoji"), "Stage I, or an earlier run of this stage")
-    max_aspect: float = setting(2.0, "most that the longer side may be of the shorter; more is cropped", least=1, most=16)
+    max_aspect: float = setting(2.0, "longest side, in shortest sides; images beyond are cropped", least=1, most=16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class Stage3(TokenStage):
     """Sec. 3.4, Stage III: the cascade, from a caption and a small image to the large one, K tokens at a time."""
     init: Path = setting(Path("weights/emoji"), "Stage II, or an earlier run of this stage")
     k: int = setting(16, "K of Eq. 2", least=1, most=64)
-    max_aspect: float = setting(2.0, "most that the longer side may be of the shorter; more is cropped", least=1, most=16)
+    max_aspect: float = setting(2.0, "longest side, in shortest sides; images beyond are cropped", least=1, most=16)
     long_side: int = setting(128, "of the large images, in pixels; the paper's is 1024", least=2)
     corruption: float = setting(0.05, "fraction of wrong tokens in the small image; ours", least=0, most=1)
     caption_drop: float = setting(0.1, "fraction of captions dropped for guidance; ours", least=0, most=1)

@@ -21,7 +21,8 @@ from data import (EncodedImages, Filters, captioning, collate, encode, joint, op
                   text_to_image)
 from dataset import Dataset, open_recipes
 from distributed import Distributed
-from images import Resize, enlarge, grid, open_image, psnr, resize_and_crop, to_image, to_pixels
+from images import (Resize, enlarge, grid, open_image, psnr, resize_and_crop, to_image, to_pixels,
+                    undo_enlarge)
 from mars import IGNORE
 from tokenizer import Vocabulary
 from vqgan import VQGAN, VQGANConfig
@@ -616,3 +617,9 @@ def test_the_command_encodes_a_folder_and_shows_what_was_encoded(tmp_path, capsy
     fails("--max-ratio is 0.5, expected at least 1", "encode", *flags, "--max-ratio", "0.5")
     with data.lock(out):
         fails("another run is at work here", "encode", *flags, "--out", out)
+
+
+def test_an_image_enlarged_for_the_eye_is_read_back_pixel_for_pixel():
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8))
+    assert undo_enlarge(enlarge(small)).tobytes() == small.tobytes()
+    assert undo_enlarge(small) is small
