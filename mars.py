@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 import qwen
 from checkpoint import load_folder, read_json, save_folder
 from config import setting
-from semvie import KVCache, LayerInputs, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles
+from kv_cache import KVCache
+from semvie import LayerInputs, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles
 from tokenizer import Vocabulary
 
 IGNORE = -100                         # a target that is not asked for: the default of F.cross_entropy
-LOGITS = 2 ** 28                      # most logits at a time: 1 GB in float32
+LOGITS = 2 ** 27                      # most logits at a time: half a GB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,15 @@ class MARS(nn.Module):
         self.config, self.vocabulary = config, config.vocabulary
         D, V_t, V_v = config.width, self.vocabulary.text, self.vocabulary.visual
         block = config if V_v else dataclasses.replace(config, visual_experts=False)
-        self.text_embedding = nn.Embedding(V_t, D)
-        self.visual_embedding = nn.Embedding(V_v, D) if V_v else None
+        # from_pretrained: filling an nn.Embedding with noise on the meta device would import torch._dynamo, 2 seconds
+        embedding = lambda V: nn.Embedding.from_pretrained(torch.zeros(V, D), freeze=False)
+        self.text_embedding = embedding(V_t)
+        self.visual_embedding = embedding(V_v) if V_v else None
         self.blocks = nn.ModuleList(SemVIEBlock(block, layer) for layer in range(config.layers))
         self.norm = RMSNorm(D, config.norm_eps)
         self.text_head = None if config.tie_embeddings else nn.Linear(D, V_t, bias=False)
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.nktp_heads = nn.ModuleList(NKTPHead(config) for _ in range(config.k - 1))          # heads 2 to K
-
-    # ------------------------------------------------------------------------- Sec. 3.2, 3.3: the forward pass
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None, *, all_visual: bool = False,
                recompute: bool = False) -> Tensor:
@@ -87,9 +88,9 @@ class MARS(nn.Module):
         of keeping its activations. Raises ValueError where the sequence gets longer than `max_seq_len`.
         """
         V_t, past = self.vocabulary.text, cache.length if cache else 0
-        if past + tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"a sequence of {past + tokens.shape[1]} tokens, but the model's max_seq_len "
-                             f"is {self.config.max_seq_len}")
+        length, most = past + tokens.shape[1], self.config.max_seq_len
+        if length > most:
+            raise ValueError(f"a sequence of {length} tokens, but the model's max_seq_len is {most}")
         if all_visual:
             router = Router.all_visual(tokens.shape)
         else:
@@ -99,27 +100,33 @@ class MARS(nn.Module):
             router = Router(tokens >= V_t, is_padding)
         embed_visual = (lambda ids: self.visual_embedding(ids - V_t)) if self.visual_embedding else None
         x = router(router.pack(tokens), self.text_embedding, embed_visual)             # (N, D)
-        inputs = self._layer_inputs(tokens, router, cache, past)
-        for block in self.blocks:
+        inputs, blocks = self._layer_inputs(tokens, router, cache, past), self.blocks
+        if all_visual and past:
+            blocks = cache.steps = cache.steps or [block.visual_step() for block in self.blocks]
+        for block in blocks:
             x = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
         if cache:
-            cache.length += tokens.shape[1]
+            cache.length = length
         return router.unpack(self.norm(x))                                             # (B, T, D)
 
     def _layer_inputs(self, tokens: Tensor, router: Router, cache: KVCache | None, past: int) -> LayerInputs:
-        """Positions, rotary angles and, where plain causality is not enough, the mask."""
-        T = tokens.shape[1]
-        slots = past + torch.arange(T, device=tokens.device)                           # (T,) in the cache
-        padding = cache.padding if cache else None                                     # (B,)
-        positions = slots[None] if padding is None else (slots - padding[:, None]).clamp(min=0)
+        """Rotary angles, once a cache, and where plain causality is not enough the mask."""
+        T, device, padding = tokens.shape[1], tokens.device, cache.padding if cache else None
+        if not past:
+            positions = torch.arange(cache.max_tokens if cache else T, device=device)[None]
+            if padding is not None:
+                positions = (positions - padding[:, None]).clamp(min=0)                # (B, max_tokens)
+            angles = rope_angles(positions, self.config.head_width, self.config.rope_base)
+            if cache:
+                cache.angles = angles
+        cos, sin = (each[:, :, past:past + T] for each in (cache.angles if past else angles))
         mask = None
         if padding is not None or (past and T > 1):
-            keys = torch.arange(past + T, device=tokens.device)                        # (S,)
-            mask = (keys <= slots[:, None])[None, None]                                # (1, 1, T, S)
-            if padding is not None:
-                mask = mask & (keys >= padding[:, None, None, None])                   # (B, 1, T, S)
-                mask = mask | (keys == slots[:, None])        # a padding row reads itself: no softmax over nothing
-        cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_base)
+            mask = torch.ones((T, past + T), dtype=torch.bool, device=device).tril(past)         # (T, S)
+        if padding is not None:
+            slots = torch.arange(past + T, device=device)                              # (S,) in the cache
+            mask = mask & (slots >= padding[:, None, None, None])                      # (B, 1, T, S)
+            mask = mask | (slots == slots[past:, None])           # a padding row reads itself: no softmax over nothing
         return LayerInputs(router, cos, sin, mask, cache)
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
@@ -139,8 +146,6 @@ class MARS(nn.Module):
     def head(self, h: Tensor, k: int) -> Tensor:
         """Eq. 2: hidden states (..., D) as head k reads them; head 1 reads them as they are."""
         return h if k == 1 else self.nktp_heads[k - 2](h)
-
-    # ------------------------------------------------------------------------- Sec. 3.1: the loss
 
     def loss(self, tokens: Tensor, targets: Tensor, recompute: bool = False) -> Tensor:
         """Eq. 1 and 2: the mean of -log p_k(z_{t+k} | z_{<=t}) over every token that every head is asked for.
@@ -167,8 +172,6 @@ class MARS(nn.Module):
         """tokens (B, T) -> logits (B, T, V_t + V_v), float32; with targets the loss, which DDP and FSDP hook onto."""
         return self.logits(self.hidden(tokens)) if targets is None else self.loss(tokens, targets, recompute)
 
-    # ------------------------------------------------------------------------- Sec. 3.2: what trains
-
     def freeze_language(self) -> "MARS":
         """Sec. 3.2: the linguistic component remains static; the visual side trains. The one place that decides.
 
@@ -177,8 +180,6 @@ class MARS(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_visual(name) or not self.config.visual_experts)
         return self
-
-    # ------------------------------------------------------------------------- Sec. 3.3, 3.4: how it starts
 
     def initialise(self, generator: torch.Generator | None = None) -> "MARS":
         """Not in the paper, which loads Qwen: random weights of variance 1 / fan-in, embeddings of variance 1, and
@@ -218,8 +219,7 @@ class MARS(nn.Module):
             elif name.startswith(("visual_embedding", "vision_head")):
                 rows = old["text_embedding.weight" if name.startswith("visual") or counterpart not in old
                            else counterpart]                                           # tied: the embedding's
-                mean = sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)          # never a float32 copy
-                variance = sum((part.float() - mean).square().sum(0) for part in rows.split(4096)) / len(rows)
+                variance, mean = torch.var_mean(rows, dim=0, correction=0)
                 tensor = mean + noise * variance.sqrt() * torch.randn(p.shape, generator=generator).to(mean.device)
                 tensor = tensor.to(rows.dtype)                                         # (V_v, D)
             elif name.startswith("nktp_heads"):
@@ -236,8 +236,6 @@ class MARS(nn.Module):
         """Makes `tensor` the parameter `name`."""
         owner, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
-
-    # ------------------------------------------------------------------------- files
 
     @classmethod
     def from_qwen(cls, directory: str | Path, image_vocab: int = 8192, *, dtype: torch.dtype = torch.bfloat16,
@@ -271,7 +269,7 @@ class MARS(nn.Module):
 
 
 def is_visual(name: str) -> bool:
-    """Sec. 3.3: whether the parameter `name` belongs to the visual side: embedding, experts, vision head, NKTP heads."""
+    """Sec. 3.3: whether the parameter `name` is of the visual side: embedding, experts, vision head, NKTP heads."""
     return "visual_" in name or name.startswith(("vision_head.", "nktp_heads."))
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from config import check, setting
 from data import Sequence, collate
+from kv_cache import KVCache
 from mars import MARS
-from semvie import KVCache
 from tokenizer import Vocabulary
 
-WINDOW = 8                            # tokens that a forward pass reads where the pass before it drafts
+WINDOW = (4, 16)                      # fewest and most tokens that a forward pass reads where the one before it drafts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Sampling:
     temperature: float = setting(1.0, "0: always the likeliest token", least=0, most=100)
     top_k: int = setting(0, "sample among the k likeliest tokens; 0: among all", least=0)
     top_p: float = setting(1.0, "sample among the likeliest tokens, up to this probability", least=1e-6, most=1)
-    k: int = setting(0, "tokens that a forward pass reads, all but the first drafted; 0: K of the model, or "
-                     f"{WINDOW} without heads 2 to K; for several images 1", least=0, most=1024)
+    k: int = setting(0, "tokens that a forward pass reads, all but the first drafted; 0: K of the model, or without "
+                     f"heads 2 to K {WINDOW[0]} to {WINDOW[1]}; for several images 1", least=0, most=1024)
     unverified: bool = setting(False, "Eq. 2 as it stands: head 1 does not check heads 2 to K, a pass gives K tokens")
 
     def __post_init__(self):
@@ -62,7 +62,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = p.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0             # keeps the token that crosses top_p
         p = torch.zeros_like(p).scatter(-1, order, ordered)
-    return p / p.sum(-1, keepdim=True)
+        p = p / p.sum(-1, keepdim=True)
+    return p
 
 
 def noise(seed: int, position: int, V: int) -> Tensor:
@@ -98,14 +99,16 @@ def prefill(model: MARS, prompts: list[list[int]], more: int) -> tuple[Tensor, K
     return model.hidden(tokens.to(cache.keys.device), cache)[:, -1:], cache
 
 
-def count_drafts(sampling: Sampling, K: int, batch: int) -> int:
-    """Not in the paper: how many tokens are drafted for a forward pass. By default those of one sequence, not those of
-    a batch, whose rows wait for each other. Raises ValueError where that takes more than the model's K heads."""
+def count_drafts(sampling: Sampling, K: int, batch: int) -> tuple[int, int]:
+    """Not in the paper: fewest and most tokens that are drafted for a forward pass. By default those of one sequence,
+    not those of a batch, whose rows wait for each other. Raises ValueError where that takes more than K heads."""
     if K > 1 and sampling.k > K or K == 1 and sampling.unverified:
         raise ValueError(f"k is {sampling.k}, unverified {sampling.unverified}, but these weights have K = {K} heads")
     if sampling.k:
-        return sampling.k - 1
-    return (K if K > 1 else WINDOW) - 1 if batch == 1 or sampling.unverified else 0
+        return sampling.k - 1, sampling.k - 1
+    if batch > 1 and not sampling.unverified:
+        return 0, 0
+    return (K - 1, K - 1) if K > 1 else (WINDOW[0] - 1, WINDOW[1] - 1)
 
 
 @torch.no_grad()
@@ -121,21 +124,24 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
         sampled by head 1    7   8   2   4        7 8 stay, 2 is certain too, 4 is a guess at what follows
 
     Drafts come from heads 2 to K, at the state that sampled the last certain token (Eq. 2), or from the guesses, the
-    last of which is repeated (speculative Jacobi decoding, arXiv 2410.01699). Rows of a batch go on in step.
+    last of which is repeated (speculative Jacobi decoding, arXiv 2410.01699); the more of them stayed, the more are
+    drafted next. Rows of a batch go on in step.
 
     logits_of(states, k, tokens): logits (B, T, V) of head k at states (B or 2B, T, D), where tokens (B, t) are certain.
     images: V is the image vocabulary. stop(tokens): whether to end early. on_tokens(tokens): called once a pass.
     """
     states, cache = prefill(model, prompts, length)                              # (B or 2B, 1, D)
     B, K, passes, first = len(seeds), model.config.k, 1, model.vocabulary.text if images else 0
-    most, verify = count_drafts(sampling, K, B) if images else 0, not (images and sampling.unverified)
+    fewest, most = count_drafts(sampling, K, B) if images else (0, 0)
+    verify = not (images and sampling.unverified)
 
     @functools.lru_cache(maxsize=most + 1)
     def noise_at(t, V):
-        rows = [noise(seed, t, V) for seed in seeds] if sampling.temperature else [torch.ones(V)] * B
-        return torch.stack(rows).to(states.device)                               # (B, V)
+        return torch.stack([noise(seed, t, V) for seed in seeds]).to(states.device)       # (B, V)
 
     def sample(logits, t):
+        if sampling.temperature == 0:
+            return logits.argmax(-1)
         rows = [noise_at(t + i, logits.shape[2]) for i in range(logits.shape[1])]
         return race(probabilities(logits, sampling), torch.stack(rows, dim=1))   # (B, T)
 
@@ -146,7 +152,8 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
         kept = int(agrees.cumprod(0).sum()) if len(agrees) else 0
         tokens, guesses = torch.cat((tokens, sampled[:, :kept + 1]), dim=1), sampled[:, kept + 1:]
         cache.length -= len(agrees) - kept                                       # forget what was refused
-        last, n = tokens[:, -1:], max(0, min(most, length - tokens.shape[1] - verify))
+        last, left = tokens[:, -1:], length - tokens.shape[1] - verify
+        n = max(0, min(most, left, max(fewest, 2 * kept + 1)))
         if K > 1 and n:
             state = states[:, kept:kept + 1]
             drafts = sample(torch.cat([logits_of(state, k, tokens) for k in range(2, n + 2)], 1), tokens.shape[1])

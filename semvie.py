@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import check, setting
+from kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,32 +139,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
-class KVCache:
-    """Not in the paper: keys and values of the past, allocated once. Raises ValueError beyond `max_tokens`."""
-
-    def __init__(self, layers: int, batch: int, kv_heads: int, max_tokens: int, head_width: int, device, dtype):
-        shape = (2, layers, batch, kv_heads, max_tokens, head_width)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0                     # tokens held; the model moves it once all layers have written
-        self.padding: Tensor | None = None  # (B,) padding at the left of each prompt; None: none anywhere
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v (B, G, T, d) and returns all keys and values so far, (B, G, S, d)."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} were asked for")
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
 @dataclass
 class LayerInputs:
     """Not in the paper: what all layers of one forward pass share, computed once."""
     router: Router
     cos: Tensor                       # (B, 1, T, d)
     sin: Tensor
-    mask: Tensor | None               # (B, 1, T, S) bool, True: may be read; None: plain causal, or a single query
+    mask: Tensor | None               # (T, S) or (B, 1, T, S) bool, True: may be read; None: causal, or one query
     cache: KVCache | None
 
 
@@ -175,30 +157,36 @@ class AttentionMoE(nn.Module):
     def __init__(self, config: SemVIEConfig, layer: int):
         super().__init__()
         c, self.layer = config, layer
-        self.split, self.d = (c.heads, c.kv_heads, c.kv_heads), c.head_width
-        D, qkv_width, bias = c.width, sum(self.split) * self.d, c.qkv_bias
+        self.H, self.G, self.d = c.heads, c.kv_heads, c.head_width
+        D, qkv_width, bias = c.width, (c.heads + 2 * c.kv_heads) * c.head_width, c.qkv_bias
         self.qkv = nn.Linear(D, qkv_width, bias=bias)                                       # W_Q^t, W_K^t, W_V^t
         self.visual_qkv = nn.Linear(D, qkv_width, bias=bias) if c.visual_experts else None  # W_Q^v, W_K^v, W_V^v
-        self.q_norm = RMSNorm(self.d, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.d, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
         self.out = nn.Linear(c.heads * self.d, D, bias=False)                               # W_O
         routed = c.visual_experts and c.route_output
         self.visual_out = nn.Linear(c.heads * self.d, D, bias=False) if routed else None
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """x (N, D), packed -> (N, D)."""
-        router = inputs.router
+        router, H, G = inputs.router, self.H, self.G
         qkv = router.unpack(router(x, self.qkv, self.visual_qkv))                           # (B, T, (H+2G)d)
-        q, k, v = qkv.unflatten(-1, (-1, self.d)).transpose(1, 2).split(self.split, dim=1)  # (B, H or G, T, d)
-        q = rotate(self.q_norm(q), inputs.cos, inputs.sin)
-        k = rotate(self.k_norm(k), inputs.cos, inputs.sin)
+        qkv = qkv.view(*router.shape, H + 2 * G, self.d).transpose(1, 2)                    # (B, H+2G, T, d)
+        qk, v = qkv.split((H + G, G), dim=1)
+        q, k = rotate(self.norm_qk(qk), inputs.cos, inputs.sin).split((H, G), dim=1)
         if inputs.cache is not None:
             k, v = inputs.cache.write(self.layer, k, v)                                     # (B, G, S, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask,
                                            is_causal=inputs.mask is None and q.shape[2] > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])             # (B, H, T, d)
+                                           enable_gqa=H != G)                               # (B, H, T, d)
         y = router.pack(y.transpose(1, 2).flatten(2))                                       # (N, H*d)
         return router(y, self.out, self.visual_out)
+
+    def norm_qk(self, qk: Tensor) -> Tensor:
+        """Not in the paper: the norms of Qwen3. qk: queries, then keys, (B, H + G, T, d)."""
+        if self.q_norm is None:
+            return qk
+        return torch.cat((self.q_norm(qk[:, :self.H]), self.k_norm(qk[:, self.H:])), dim=1)
 
 
 class SemVIEBlock(nn.Module):
@@ -219,3 +207,24 @@ class SemVIEBlock(nn.Module):
         """x (N, D), packed -> (N, D)."""
         x = x + self.attention(self.norm_1(x), inputs)                                      # Eq. 3
         return x + inputs.router(self.norm_2(x), self.ffn, self.visual_ffn)                 # Eq. 4
+
+    def visual_step(self):
+        """Not in the paper: what `forward` does for visual tokens alone, as a function of x and inputs, for sampling.
+
+        It calls no router and no module: in a small model their calls take longer than the arithmetic.
+        """
+        a, ffn, norm_1, norm_2 = self.attention, self.visual_ffn or self.ffn, self.norm_1.weight, self.norm_2.weight
+        qkv_linear, H, G, d, eps = a.visual_qkv or a.qkv, a.H, a.G, a.d, self.norm_1.eps
+        W_qkv, b_qkv, W_O = qkv_linear.weight, qkv_linear.bias, (a.visual_out or a.out).weight
+        W_gate_up, W_down, D = ffn.gate_up.weight, ffn.down.weight, norm_1.shape
+
+        def step(x: Tensor, inputs: LayerInputs) -> Tensor:
+            qkv = F.linear(torch.rms_norm(x, D, norm_1, eps), W_qkv, b_qkv)                 # (N, (H+2G)d)
+            qk, v = qkv.view(*inputs.router.shape, -1, d).transpose(1, 2).split((H + G, G), dim=1)
+            qk = rotate(a.norm_qk(qk), inputs.cos, inputs.sin)                              # (B, H+G, T, d)
+            k, v = inputs.cache.write(a.layer, qk.narrow(1, H, G), v)                       # (B, G, S, d)
+            y = F.scaled_dot_product_attention(qk.narrow(1, 0, H), k, v, attn_mask=inputs.mask, enable_gqa=H != G)
+            x = x + F.linear(y.transpose(1, 2).reshape(len(x), -1), W_O)
+            gate, up = F.linear(torch.rms_norm(x, D, norm_2, eps), W_gate_up).chunk(2, dim=-1)
+            return x + F.linear(F.silu(gate) * up, W_down)
+        return step

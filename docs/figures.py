@@ -410,7 +410,14 @@ def plan_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"report": report_table, "sizes": sizes_table, "training": training_table, "plan": plan_table}
+def benchmark_table() -> str:
+    """What experiments/benchmark.py measured, from results/benchmark.json."""
+    from experiments.benchmark import show
+    return show(content("results/benchmark.json")["rows"])
+
+
+TABLES = {"report": report_table, "sizes": sizes_table, "training": training_table, "plan": plan_table,
+          "benchmark": benchmark_table}
 
 
 @functools.cache

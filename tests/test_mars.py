@@ -264,6 +264,20 @@ def test_stage_iii_starts_as_stage_ii_and_takes_its_tensors_over(mars):
     assert larger.text_embedding.weight.data_ptr() == embedding.data_ptr()
 
 
+@pytest.mark.parametrize("change", [{}, {"route_output": True}, {"visual_experts": False}, {"qk_norm": True},
+                                    {"kv_heads": 4, "qkv_bias": False}])
+@torch.no_grad()
+def test_the_step_for_visual_tokens_alone_computes_what_the_blocks_compute(change):
+    mars, steps = make_mars(**change), []
+    tokens = mixed_tokens(mars)[:, :12]
+    for all_visual in (False, True):
+        cache = mars.new_cache(2, 12)
+        mars.hidden(tokens[:, :6], cache)
+        steps.append([mars.hidden(part, cache, all_visual=all_visual) for part in (tokens[:, 6:7], tokens[:, 7:12])])
+        assert bool(cache.steps) == all_visual
+    torch.testing.assert_close(*steps)
+
+
 def test_all_visual_tokens_need_no_counting(mars):
     tokens = torch.randint(42, 58, (2, 6), generator=torch.Generator().manual_seed(0))
     assert torch.equal(mars.hidden(tokens, all_visual=True), mars.hidden(tokens))
