@@ -24,7 +24,7 @@ WINDOW = (4, 16)                      # fewest and most tokens that a forward pa
 class Sampling:
     """Not in the paper, which gives no sampling settings: how tokens are sampled."""
     guidance: float = setting(1.0, "classifier-free guidance scale; 1: none", least=0, most=100, aliases=("--cfg",))
-    temperature: float = setting(1.0, "0: always the likeliest token", least=0, most=100)
+    temperature: float = setting(0.5, "0: always the likeliest token", least=0, most=100)
     top_k: int = setting(0, "sample among the k likeliest tokens; 0: among all", least=0)
     top_p: float = setting(1.0, "sample among the likeliest tokens, up to this probability", least=1e-6, most=1)
     k: int = setting(0, "tokens that a forward pass reads, all but the first drafted; 0: K of the model, or without "

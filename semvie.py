@@ -219,12 +219,12 @@ class SemVIEBlock(nn.Module):
         W_gate_up, W_down, D = ffn.gate_up.weight, ffn.down.weight, norm_1.shape
 
         def step(x: Tensor, inputs: LayerInputs) -> Tensor:
-            qkv = F.linear(torch.rms_norm(x, D, norm_1, eps), W_qkv, b_qkv)                 # (N, (H+2G)d)
+            qkv = F.linear(torch.rms_norm(x, D, norm_1.to(x.dtype), eps), W_qkv, b_qkv)                 # (N, (H+2G)d)
             qk, v = qkv.view(*inputs.router.shape, -1, d).transpose(1, 2).split((H + G, G), dim=1)
             qk = rotate(a.norm_qk(qk), inputs.cos, inputs.sin)                              # (B, H+G, T, d)
             k, v = inputs.cache.write(a.layer, qk.narrow(1, H, G), v)                       # (B, G, S, d)
             y = F.scaled_dot_product_attention(qk.narrow(1, 0, H), k, v, attn_mask=inputs.mask, enable_gqa=H != G)
             x = x + F.linear(y.transpose(1, 2).reshape(len(x), -1), W_O)
-            gate, up = F.linear(torch.rms_norm(x, D, norm_2, eps), W_gate_up).chunk(2, dim=-1)
+            gate, up = F.linear(torch.rms_norm(x, D, norm_2.to(x.dtype), eps), W_gate_up).chunk(2, dim=-1)
             return x + F.linear(F.silu(gate) * up, W_down)
         return step

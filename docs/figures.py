@@ -4,7 +4,6 @@
     python docs/figures.py samples       docs/samples.png: what weights/emoji draws
     python docs/figures.py collect       results/training.json from runs/*/metrics.jsonl
     python docs/figures.py curves        docs/curves.svg from results/training.json
-    python docs/figures.py names         weights/emoji/names.txt, which generate.py knows, from data/emoji
     python docs/figures.py update        numbers and line links of README.md and docs/*.md
 
 A page marks what is written into it; tests/test_docs.py holds that it is up to date:
@@ -462,7 +461,7 @@ def pages() -> list[Path]:
 def make_parser() -> Parser:
     """The flags of this script."""
     parser = Parser("figures.py", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=("drawings", "samples", "collect", "curves", "names", "update"))
+    parser.add_argument("what", nargs="+", choices=("drawings", "samples", "collect", "curves", "update"))
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "emoji", help="what draws the samples")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="the runs to collect")
     return parser
@@ -482,12 +481,6 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(ROOT / "results" / "training.json", collect(c.runs))
         if "curves" in c.what:
             write_text(ROOT / "docs" / "curves.svg", curves(read_json(ROOT / "results" / "training.json")))
-        if "names" in c.what:
-            from dataset import Dataset
-            dataset = Dataset(ROOT / "data" / "emoji")
-            names = [dataset.facts(i)["names"] for i in range(len(dataset))]
-            names = dict.fromkeys(name for own in names for name in [*own["en"], *own["zh"]])
-            write_text(ROOT / "weights" / "emoji" / "names.txt", "".join(f"{name}\n" for name in names))
         if "update" in c.what:
             for path in pages():
                 write_text(path, update(read_text(path), path.parent))

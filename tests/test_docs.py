@@ -28,7 +28,8 @@ PARSERS = {"train.py": lambda words: importlib.import_module("train").read_flags
            "mars.py": lambda words: parse("scale", "Plan", words),
            "data.py": lambda words: parse("data", f"{words[0].title()}Config", words[1:]),
            "docs/figures.py": lambda words: figures.make_parser().parse_args(words)}
-OTHERS = ("pip install ", "hf download ", "python -m pytest", "cd ", "jupyter ", "mkdir ", "tar ")
+OTHERS = ("pip install ", "hf download ", "python -m pytest", "python -m experiments.", "cd ", "jupyter ", "mkdir ",
+          "tar ")
 
 
 def parse(module: str, kind: str, words: list[str]):

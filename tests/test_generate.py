@@ -73,7 +73,7 @@ def test_guidance_moves_away_from_what_is_likely_without_a_caption():
 
 def test_temperature_top_k_and_top_p_leave_what_they_say():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])                 # probabilities 0.032, 0.644, 0.087, 0.237
-    left = lambda **how: probabilities(logits, Sampling(**how))[0].nonzero().flatten().tolist()
+    left = lambda **how: probabilities(logits, Sampling(**dict(temperature=1) | how))[0].nonzero().flatten().tolist()
     assert left(temperature=0) == [1] and left() == [0, 1, 2, 3]
     assert left(top_k=2) == left(top_p=0.7) == [1, 3] and left(top_p=0.6) == [1]
     assert probabilities(torch.zeros(1, 9), Sampling(top_k=2)).count_nonzero() == 2           # ties too
@@ -123,7 +123,8 @@ def test_k_heads_unverified_give_k_tokens_a_forward_pass(K, k, passes):
 @torch.no_grad()
 def test_unverified_tokens_are_those_of_their_own_heads():
     model, v, seeds = tiny(2), Vocabulary(42, 16), range(8)
-    rows, _ = sample(model, [CAPTIONS[0]] * 8, Sampling(unverified=True), list(seeds), (1, 4))
+    rows, _ = sample(model, [CAPTIONS[0]] * 8, Sampling(temperature=1, unverified=True), list(seeds),
+                     (1, 4))
     for seed, tokens in zip(seeds, rows):
         for t in range(4):
             before = [v.text + token for token in tokens[:t // 2 * 2]]
@@ -163,7 +164,8 @@ def statistic(model, found, length):
 @torch.no_grad()
 def test_tokens_are_distributed_as_head_1_says_and_unverified_ones_are_not():
     model = tiny(3, image_vocab=4)
-    for settings, seeds in ((Sampling(k=1), 3000), (Sampling(k=3), 3000), (Sampling(unverified=True), 3000)):
+    for how, seeds in ((dict(k=1), 3000), (dict(k=3), 3000), (dict(unverified=True), 3000)):
+        settings = Sampling(temperature=1, **how)
         found, _ = sample(model, [[1, 2]] * seeds, settings, list(range(seeds)), (1, 3))
         chi_square, limit = statistic(model, found, 3)
         assert (chi_square < limit) != settings.unverified, (settings, chi_square, limit)
