@@ -194,7 +194,7 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
     """Sec. 4.1: trains one stage, from its first step or its newest checkpoint to its last."""
     shard, micro_batch, recompute = (getattr(config, name, 0) for name in ("shard", "micro_batch", "recompute"))
-    bf16, device = config.precision == "bf16", ranks.device
+    bf16, device, more = config.precision == "bf16", ranks.device, {"recompute": True} if recompute else {}
     model = parallelize(stage.module.train(), ranks, shard, bf16)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not shard)
     slow = bf16 and device.type == "cpu"           # the backward pass of fused attention, in bfloat16
@@ -221,7 +221,6 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
             for i, part in enumerate(parts):
                 sync_gradients(model, now=i == len(parts) - 1)
                 with autocast, sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
-                    more = {"recompute": True} if recompute else {}
                     part_loss = model(*(x.to(device) for x in part), **more) * (counts[i] / total)
                     (part_loss * ranks.world_size).backward()      # DDP divides by it
                 loss += part_loss.item()
