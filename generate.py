@@ -8,32 +8,33 @@
 
 How a token is sampled stands in sampling.py.
 """
-import dataclasses
 import difflib
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoint import fingerprint
 from config import ends_in_one_line, parse, setting
-from data import captioning, decode_each, encode_each, prompt, size_text, text_to_image
+from data import captioning, decode_each, encode_each, prompt, size_text, text_to_image, title_text
 from distributed import check_device
 from files import atomic_write, read_text, write_text
 from images import enlarge, grid, open_image, resize_and_crop, save_image, to_pixels, undo_enlarge, upscaled_size
 from mars import MARS
-from sampling import GREEDY, Sampling, generate_image_tokens, generate_text, log_likelihood
+from sampling import GREEDY, Sampling, for_sampling, generate_image_tokens, generate_text, log_likelihood
 from tokenizer import QwenTokenizer, TextTokenizer, load_tokenizer
 from vqgan import VQGAN
 
 WEIGHTS = Path(__file__).parent / "weights" / "emoji"
 BATCH = 64                            # sequences sampled at a time
+TEXT = 128                            # most tokens of a caption, and of the steps of a recipe
 SMALL = 100_000_000                   # parameters of a model that one thread of the CPU samples from fastest
 SPACING = 1_000_003                   # between the seeds of an image's candidates: more than any grid has images
 
@@ -41,10 +42,8 @@ SPACING = 1_000_003                   # between the seeds of an image's candidat
 # ----------------------------------------------------------------------------- the best of several
 
 def keep_best(n: int, make, score) -> list:
-    """Sec. 4, MARS*: makes a list of items n times, and keeps of each item the candidate that scores highest.
-
-    make(j): the items, candidate j of each; score(items): a float for each.
-    """
+    """Sec. 4, MARS*: of each item the candidate that scores highest. make(j): candidate j of each item; score(items): a
+    float for each."""
     tries = [make(j) for j in range(n)]
     if n == 1:
         return tries[0]
@@ -52,9 +51,10 @@ def keep_best(n: int, make, score) -> list:
     return [tries[max(range(n), key=lambda j: scores[j][i])][i] for i in range(len(tries[0]))]
 
 
-def in_batches(make, *columns: list) -> list:
-    """Not in the paper: make(*columns), a list, for 64 rows at a time."""
-    return [item for start in range(0, len(columns[0]), BATCH)
+def in_batches(make, *columns) -> list:
+    """Not in the paper: make(*columns), a list, for 64 rows at a time, with a progress bar where there are more."""
+    starts = range(0, len(columns[0]), BATCH)
+    return [item for start in tqdm(starts, unit="batch", disable=len(starts) < 2)
             for item in make(*(column[start:start + BATCH] for column in columns))]
 
 
@@ -62,10 +62,8 @@ def in_batches(make, *columns: list) -> list:
 
 def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, TextTokenizer | QwenTokenizer]:
     """Not in the paper: model, image tokenizer and text tokenizer of a folder that train.py wrote; the image tokenizer
-    is in `vqgan` inside it, or inside the folder around it. A CPU computes in float32.
-
-    Raises ValueError, one line, for a bad folder, a language model alone, or another image tokenizer than it had.
-    """
+    is in `vqgan` inside it or next to it. A CPU computes in float32. Raises ValueError, one line, for a bad folder, a
+    language model alone, or another image tokenizer than it had."""
     directory = Path(directory)
     model = MARS.from_pretrained(directory, device)
     if not model.vocabulary.image:
@@ -79,11 +77,8 @@ def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, TextTo
 
 
 class Pipeline:
-    """Not in the paper: model, image tokenizer and text tokenizer; from prompts to RGB images and back.
-
-    Each image has a seed, which alone decides what is sampled for it; by default its number in the list. Bad input
-    raises ValueError, one line.
-    """
+    """Not in the paper: from prompts to RGB images and back. Each image has a seed, which alone decides what is sampled
+    for it; by default its number in the list. Bad input raises ValueError, one line."""
 
     def __init__(self, model: MARS, vqgan: VQGAN, tokenizer: TextTokenizer | QwenTokenizer):
         self.model, self.vqgan, self.tokenizer, self.vocabulary = model, vqgan, tokenizer, model.vocabulary
@@ -95,14 +90,13 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu") -> "Pipeline":
         """From a folder that train.py wrote, from stage1 on, see `load_stage`."""
-        return cls(*load_stage(directory, device))
+        model, vqgan, tokenizer = load_stage(directory, device)
+        return cls(for_sampling(model), vqgan, tokenizer)
 
     def text_to_image(self, prompts: list[str], sampling: Sampling = Sampling(), seeds: list[int] | None = None, *,
                       size: tuple[int, int] | None = None, best_of: int = 1, on_tokens=None) -> list[Image.Image]:
         """Sec. 3.4, Stages I and II: an image for each prompt, of `size` (H, W) in pixels; default: the first of sizes.
-
-        best_of: how many candidates; the one stays that makes its prompt likeliest as its caption. on_tokens: as in
-        `decode`.
+        Of best_of candidates the one stays that makes its prompt likeliest as its caption. on_tokens: as in `decode`.
         """
         captions, size = [self._encode(text) for text in prompts], size or self.sizes[0]
         v, eos, (size_ids, _) = self.vocabulary, self.tokenizer.eos, self._layout(size)
@@ -113,7 +107,7 @@ class Pipeline:
 
     def super_resolve(self, images: list[Image.Image], prompts: list[str], sampling: Sampling = GREEDY,
                       seeds: list[int] | None = None) -> list[Image.Image]:
-        """Sec. 3.4, Stage III: images and what they show -> the same with `long_side` pixels along the longer side.
+        """Sec. 3.4, Stage III: images and what they show -> the same, larger, a square with `long_side` pixels a side.
         Greedy by default: detail is added, not invented."""
         larger, sizes = {}, [self._nearest_size(image) for image in images]
         captions, seeds, low = map(self._encode, prompts), self._seeds(seeds, images), self._encode_images(images)
@@ -125,8 +119,8 @@ class Pipeline:
         return [larger[i] for i in range(len(images))]
 
     def caption_images(self, images: list[Image.Image], best_of: int = 1, seed: int = 0) -> list[str]:
-        """Sec. 3.4, captioning: a caption for each image. best_of: how many candidates, the first greedy, the others
-        sampled; the one stays that makes its image likeliest."""
+        """Sec. 3.4, captioning: a caption for each image. Of best_of candidates, the first greedy, the others sampled,
+        the one stays that makes its image likeliest."""
         tokens, v, eos = self._encode_images(images), self.vocabulary, self.tokenizer.eos
         sizes = [self._layout(self._nearest_size(image))[0] for image in images]
         shown = [captioning([], image, v, eos, size).tokens[:-1] for image, size in zip(tokens, sizes)]
@@ -137,14 +131,11 @@ class Pipeline:
                                                   for ids, image, size in zip(captions, tokens, sizes))
         return [self.tokenizer.decode(ids).strip() for ids in keep_best(best_of, make, score)]
 
-    def interleaved(self, titles: list[str], sampling: Sampling = Sampling(), seeds: list[int] | None = None,
-                    max_text: int = 128) -> list[tuple[str, list[Image.Image]]]:
+    def interleaved(self, titles: list[str], sampling: Sampling = Sampling(),
+                    seeds: list[int] | None = None) -> list[tuple[str, list[Image.Image]]]:
         """Sec. 4.6: titles -> (text, images) of each, by weights of train.py joint; at most as many images as fit."""
-        prompts = [self._encode(title) + self.tokenizer.encode("\n") for title in titles]
-        _, shape = self._layout(self.sizes[0])
-        room = self.model.config.max_seq_len - max(map(len, prompts)) - max_text - 2
-        most = max(1, room // (math.prod(shape) + 2))
-        pages = self._write(prompts, sampling, self._seeds(seeds, titles), max_text, shape, most)
+        prompts = [self._encode(title, title_text) for title in titles]
+        pages = self._write(prompts, sampling, self._seeds(seeds, titles), images=True)
         return [(self.tokenizer.decode(ids).strip(), self._decode(tokens)) for ids, tokens in pages]
 
     def reconstruct(self, images: list[Image.Image]) -> list[Image.Image]:
@@ -153,8 +144,8 @@ class Pipeline:
         return [image for grid in tokens for image in self._decode([grid])]
 
     def film(self, steps: list[Tensor], size: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Not in the paper: an image as it appears. steps: its tokens (1, t) after each forward pass, as `on_tokens`
-        got them. What is undecided is grey, and decoded as if it were the first token."""
+        """Not in the paper: an image as it appears, of its tokens (1, t) after each forward pass, as `on_tokens` got
+        them. What is undecided is grey, and decoded as if it were the first token."""
         (_, (h, w)), f = self._layout(size or self.sizes[0]), self.vqgan.factor
         frames = self._decode([torch.cat((step[0], step[0, :1].expand(h * w - step.shape[1]))).view(h, w)
                                for step in steps])
@@ -169,12 +160,12 @@ class Pipeline:
         """A seed for candidate j of each item; candidate 0 has the item's own."""
         return [seed + SPACING * j for seed in (range(len(items)) if seeds is None else seeds)]
 
-    def _encode(self, text: str) -> list[int]:
-        """A prompt's ids."""
+    def _encode(self, text: str, layout=str) -> list[int]:
+        """A prompt's ids. layout(text): as sequences spell it."""
         text = text.strip()
         if not text or text.encode("utf-8", "ignore").decode() != text:
             raise ValueError(f"the prompt is {text!r}, expected a description in UTF-8, such as \"red apple\"")
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(layout(text))
 
     def _nearest_size(self, image: Image.Image) -> tuple[int, int]:
         """The trained size that crops an image least."""
@@ -214,12 +205,14 @@ class Pipeline:
             return generate_image_tokens(self.model, prompts, shape, sampling, seeds, on_tokens)[0]
         return in_batches(make, captions, low or [None] * len(captions), seeds)
 
-    def _write(self, prompts, sampling, seeds, max_text=96, shape=(1, 1), most=0) -> list[tuple[list[int], Tensor]]:
-        """Text ids, and image tokens (n, h, w), that go on from each prompt (ids)."""
+    def _write(self, prompts, sampling, seeds, images=False) -> list[tuple[list[int], Tensor]]:
+        """Text ids, and image tokens (n, h, w), that go on from each prompt (ids); images: of the first of sizes."""
         if self.model.config.long_side:
             raise ValueError("these weights write no text, expected those of train.py stage1, stage2 or joint")
-        room = self.model.config.max_seq_len - max(map(len, prompts)) - 2 - most * (math.prod(shape) + 2)
-        max_text = max(1, min(max_text, room))
+        room, (_, shape) = self.model.config.max_seq_len - max(map(len, prompts)) - 2, self._layout(self.sizes[0])
+        each = math.prod(shape) + 2
+        most = max(1, (room - TEXT) // each) if images else 0
+        max_text = max(1, min(TEXT, room - most * each))
         return in_batches(lambda prompts, seeds: generate_text(
             self.model, prompts, self.tokenizer, max_text, sampling, seeds, shape, most), prompts, seeds)
 
@@ -261,8 +254,8 @@ class GenerateConfig(Sampling):
         modes = [mode for mode in USED if getattr(self, mode) and not (mode == "upscale" and self.prompts)]
         if len(modes) != 1 or len(self.upscale or ()) > (0 if self.prompts else 1):
             raise ValueError("expected a prompt, --caption IMAGE, --upscale IMAGE or --recipe TITLE, one of them")
-        for field in dataclasses.fields(self):
-            default = () if field.default is dataclasses.MISSING else field.default
+        for field in fields(self):
+            default = () if field.default is MISSING else field.default
             used = {modes[0], "weights", "device", *USED[modes[0]].split()}
             if getattr(self, field.name) != default and field.name not in used:
                 raise ValueError(f"{field.name} does nothing with {'a prompt' if self.prompts else '--' + modes[0]}")
@@ -304,59 +297,60 @@ def write_page(path: str | Path, title: str, text: str, images: list[Image.Image
     write_text(path, "\n\n".join([f"# {' '.join(title.split())}", *parts]) + "\n")
 
 
-def load_pipeline(directory: Path, device: str) -> Pipeline:
-    """Not in the paper: for the command, which leaves a small model one thread: more wait for each other."""
-    pipeline = Pipeline.from_pretrained(directory, device)
+def warn(prompts: tuple[str, ...], weights: Path) -> None:
+    """Not in the paper: tells on stderr which words of the prompts the weights do not know, by their names.txt."""
+    names = read_text(weights / "names.txt").splitlines() if (weights / "names.txt").is_file() else []
+    for text in prompts if names else ():
+        unknown, nearest = unknown_words(text, names)
+        if unknown:
+            print(f"generate.py: these weights do not know {', '.join(unknown)}; they know {', '.join(nearest)}",
+                  file=sys.stderr)
+
+
+def load_pipeline(directory: Path, c: GenerateConfig) -> Pipeline:
+    """Not in the paper: a pipeline for the command, which leaves a small model one thread: more wait for each other."""
+    pipeline = Pipeline.from_pretrained(directory, check_device(c.device))
     if sum(p.numel() for p in pipeline.model.parameters()) < SMALL:
         torch.set_num_threads(1)
     return pipeline
 
 
-def from_prompts(c: GenerateConfig, device: str) -> list[Image.Image]:
+def from_prompts(c: GenerateConfig, weights: Path) -> list[Image.Image]:
     """`generate.py PROMPT ...`: the images, enlarged with --upscale."""
-    weights = c.weights or WEIGHTS
-    pipeline = load_pipeline(weights, device)
-    upscaler = None if c.upscale is None else load_pipeline(weights / "stage3", device)
-    if (weights / "names.txt").is_file():
-        names = [name for name in read_text(weights / "names.txt").split("\n") if name.strip()]
-        for unknown, nearest in (unknown_words(text, names) for text in c.prompts):
-            if unknown:
-                print(f"generate.py: these weights do not know {', '.join(unknown)}; they know "
-                      + ", ".join(nearest), file=sys.stderr)
-    prompts = [text for text in c.prompts for _ in range(c.num)]
-    seeds = [c.seed + i for i in range(c.num)] * len(c.prompts)
+    pipeline = load_pipeline(weights, c)
+    upscaler = None if c.upscale is None else load_pipeline(weights / "stage3", c)
+    warn(c.prompts, weights)
+    prompts, seeds = [text for text in c.prompts for _ in range(c.num)], [*range(c.seed, c.seed + c.num)]
     size, steps = tuple(map(int, c.size.split("x"))) if c.size else None, []
-    images = pipeline.text_to_image(prompts, c, seeds, size=size, best_of=c.best_of, on_tokens=steps.append)
+    images = pipeline.text_to_image(prompts, c, seeds * len(c.prompts), size=size, best_of=c.best_of,
+                                    on_tokens=steps.append)
     if c.film:
         first, *frames = [enlarge(frame, c.scale) for frame in pipeline.film(steps, size)]
         atomic_write(c.film, lambda path: first.save(path, format="GIF", save_all=True, append_images=frames,
                                                      duration=[80] * len(frames) + [2000]))
         print(f"wrote {c.film}")
-    return upscaler.super_resolve(images, prompts, seeds=seeds) if upscaler else images
+    return upscaler.super_resolve(images, prompts, seeds=seeds * len(c.prompts)) if upscaler else images
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     with ends_in_one_line("generate.py"), torch.inference_mode():
         c = parse(GenerateConfig, arguments)
-        device, out = check_device(c.device), c.out or Path("out.md" if c.recipe else "out.png")
+        weights, out = c.weights or WEIGHTS, c.out or Path("out.md" if c.recipe else "out.png")
         if c.caption:
             image = undo_enlarge(open_image(c.caption))
-            print(load_pipeline(c.weights or WEIGHTS, device).caption_images([image], c.best_of, c.seed)[0])
-            return
+            return print(*load_pipeline(weights, c).caption_images([image], c.best_of, c.seed))
         if c.recipe:
-            pipeline = load_pipeline(c.weights or WEIGHTS / "joint", device)
-            (text, images), = pipeline.interleaved([c.recipe], c, [c.seed])
+            (text, images), = load_pipeline(c.weights or WEIGHTS / "joint", c).interleaved([c.recipe], c, [c.seed])
             write_page(out, c.recipe, text, images)
             print(text)
         elif c.upscale:
-            image = undo_enlarge(open_image(c.upscale[0]))
-            pipeline = load_pipeline(c.weights or WEIGHTS / "stage3", device)
-            sampling = dataclasses.replace(GREEDY, k=c.k, unverified=c.unverified)
-            larger, = pipeline.super_resolve([image], [c.prompt], sampling, [c.seed])
+            image, sampling = undo_enlarge(open_image(*c.upscale)), replace(GREEDY, k=c.k, unverified=c.unverified)
+            upscaler = load_pipeline(c.weights or WEIGHTS / "stage3", c)
+            larger, = upscaler.super_resolve([image], [c.prompt], sampling, [c.seed])
             save_image(enlarge(larger, c.scale), out)
         else:
-            images = [enlarge(image, c.scale) for image in from_prompts(c, device)]
+            images = [enlarge(image, c.scale) for image in from_prompts(c, weights)]
             save_image(grid(images, columns=c.num if c.num > 1 < len(c.prompts) else 8), out)
         print(f"wrote {out}")
 

@@ -2,23 +2,28 @@
 
 Shapes: B batch, T tokens, G key-value heads, d width of a head, S tokens in the cache.
 """
-from torch import Tensor, zeros
+from torch import Tensor
 
 
 class KVCache:
-    """Not in the paper: keys and values of the past, allocated once."""
+    """Not in the paper: keys and values of the past, allocated once, see `MARS.new_cache`."""
 
-    def __init__(self, layers: int, batch: int, kv_heads: int, max_tokens: int, head_width: int, device, dtype):
-        shape = (2, layers, batch, kv_heads, max_tokens, head_width)
-        self.keys, self.values = zeros(shape, device=device, dtype=dtype)
-        self.max_tokens, self.length = max_tokens, 0    # length: tokens held; moves once all layers have written
+    def __init__(self, room: Tensor, angles: tuple[Tensor, Tensor]):
+        """room: zeros (2, layers, B, G, max_tokens, d). angles: cos and sin of so many tokens, of `rope_angles`."""
+        self.keys, self.values = room
+        self.angles, self.length = angles, 0            # length: tokens held, and those of the forward pass that runs
         self.padding: Tensor | None = None              # (B,) at the left of each prompt; None: none anywhere
-        self.angles: tuple[Tensor, Tensor] = ()         # cos and sin of every token that it has room for
-        self.steps: list = []                           # `SemVIEBlock.visual_step` of each layer
+        self.steps: list = []                           # `SemVIEBlock.visual_step` of each layer, then the last norm
+
+    def extend(self, T: int) -> None:
+        """Before the layers: T tokens follow. The views that each layer writes to and reads are made in one go."""
+        spans = (self.length, T), (0, self.length + T)
+        views = [each.narrow(3, *span).unbind() for span in spans for each in (self.keys, self.values)]
+        self.views, self.length = list(zip(*views)), self.length + T
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v (B, G, T, d) and returns all keys and values so far, (B, G, S, d)."""
-        T, keys, values = k.shape[2], self.keys[layer], self.values[layer]                  # (B, G, max_tokens, d)
-        keys.narrow(2, self.length, T).copy_(k)
-        values.narrow(2, self.length, T).copy_(v)
-        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+        """Writes k, v (B, G, T, d) of the new tokens and returns all keys and values so far, (B, G, S, d)."""
+        new_keys, new_values, keys, values = self.views[layer]
+        new_keys.copy_(k)
+        new_values.copy_(v)
+        return keys, values

@@ -1,6 +1,4 @@
-"""MARS: a frozen language model that draws (paper Sec. 3.1 to 3.3).
-
-The language model that MARS grows out of is this same class with `image_vocab = 0`: text alone.
+"""MARS: a frozen language model that draws (paper Sec. 3.1 to 3.3). With `image_vocab = 0` it is a language model.
 
     python mars.py --plan qwen-7b           parameters and memory, before anything is allocated
 
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import qwen
-from checkpoint import load_folder, read_json, save_folder
+from checkpoint import load_folder, save_folder
 from config import setting
+from files import read_json
 from kv_cache import KVCache
 from semvie import LayerInputs, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles
 from tokenizer import Vocabulary
@@ -36,8 +35,8 @@ class MARSConfig(SemVIEConfig):
     image_vocab: int = setting(0, "entries of the VQ-GAN's codebook; 0: the language model alone", least=0, most=2**24)
     k: int = setting(1, "K of Eq. 2: tokens predicted at each position", least=1, most=1024)
     image_tokenizer: str = setting("", "fingerprint of the image tokenizer that the model was trained with")
-    sizes: tuple[tuple[int, int], ...] = setting((), "Stage II: (H, W) in pixels seen in training; (): one, never named")
-    long_side: int = setting(0, "Stage III: enlarges images of `sizes` to this long side, in pixels", least=0)
+    sizes: tuple[tuple[int, int], ...] = setting((), "Stage II: (H, W) in pixels, as trained; (): one, never named")
+    long_side: int = setting(0, "Stage III: enlarges square images to this side, in pixels", least=0)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -46,11 +45,8 @@ class MARSConfig(SemVIEConfig):
 
 
 class NKTPHead(nn.Module):
-    """Eq. 2: what head k > 1 puts before the vision head: a residual block that reads z_{t+k} off the state of z_t.
-
-    Its output starts at zero, so at first every head predicts what head 1 predicts. K heads on one causal trunk are our
-    reading: the paper does not say how K tokens are predicted.
-    """
+    """Eq. 2: what head k > 1 puts before the vision head: a residual block that reads z_{t+k} off the state of z_t; it
+    starts as the identity. K heads on one causal trunk are our reading: the paper does not say how it predicts K."""
 
     def __init__(self, config: MARSConfig):
         super().__init__()
@@ -87,52 +83,54 @@ class MARS(nn.Module):
         caller knows that no token is text or padding. recompute: the backward pass computes each block again instead
         of keeping its activations. Raises ValueError where the sequence gets longer than `max_seq_len`.
         """
-        V_t, past = self.vocabulary.text, cache.length if cache else 0
-        length, most = past + tokens.shape[1], self.config.max_seq_len
-        if length > most:
-            raise ValueError(f"a sequence of {length} tokens, but the model's max_seq_len is {most}")
-        if all_visual:
-            router = Router.all_visual(tokens.shape)
-        else:
-            is_padding = tokens == self.vocabulary.special("<pad>")    # in a language model alone: an id without a row
-            if cache and not past and is_padding.any():
-                cache.padding = is_padding.sum(1)                                      # (B,)
-            router = Router(tokens >= V_t, is_padding)
+        V_t, most = self.vocabulary.text, self.config.max_seq_len
+        T, past = tokens.shape[1], cache.length if cache else 0
+        if past + T > most:
+            raise ValueError(f"a sequence of {past + T} tokens, but the model's max_seq_len is {most}")
+        if cache:
+            cache.extend(T)
+        if all_visual and past:
+            x = F.embedding(tokens.flatten() - V_t, self.visual_embedding.weight)      # (B*T, D)
+            cache.steps = cache.steps or [*(block.visual_step() for block in self.blocks), self.norm.step()]
+            inputs, (*steps, norm) = self._layer_inputs(tokens, None, cache), cache.steps
+            for step in steps:
+                x = step(x, inputs)
+            return norm(x).view(*tokens.shape, -1)                                     # (B, T, D)
+        is_padding = tokens == self.vocabulary.special("<pad>")        # in a language model alone: an id without a row
+        if cache and not past and is_padding.any():
+            cache.padding = is_padding.sum(1)                                          # (B,)
+        router = Router(tokens >= V_t, is_padding)
         embed_visual = (lambda ids: self.visual_embedding(ids - V_t)) if self.visual_embedding else None
         x = router(router.pack(tokens), self.text_embedding, embed_visual)             # (N, D)
-        inputs, blocks = self._layer_inputs(tokens, router, cache, past), self.blocks
-        if all_visual and past:
-            blocks = cache.steps = cache.steps or [block.visual_step() for block in self.blocks]
-        for block in blocks:
+        inputs = self._layer_inputs(tokens, router, cache)
+        for block in self.blocks:
             x = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
-        if cache:
-            cache.length = length
         return router.unpack(self.norm(x))                                             # (B, T, D)
 
-    def _layer_inputs(self, tokens: Tensor, router: Router, cache: KVCache | None, past: int) -> LayerInputs:
-        """Rotary angles, once a cache, and where plain causality is not enough the mask."""
-        T, device, padding = tokens.shape[1], tokens.device, cache.padding if cache else None
-        if not past:
-            positions = torch.arange(cache.max_tokens if cache else T, device=device)[None]
-            if padding is not None:
-                positions = (positions - padding[:, None]).clamp(min=0)                # (B, max_tokens)
-            angles = rope_angles(positions, self.config.head_width, self.config.rope_base)
-            if cache:
-                cache.angles = angles
-        cos, sin = (each[:, :, past:past + T] for each in (cache.angles if past else angles))
+    def _layer_inputs(self, tokens: Tensor, router: Router | None, cache: KVCache | None) -> LayerInputs:
+        """Rotary angles, and where plain causality is not enough the mask."""
+        T, padding = tokens.shape[1], cache.padding if cache else None
+        S = cache.length if cache else T
+        cos, sin = (each[:, :, S - T:S] for each in (cache.angles if cache else self._angles(T)))
         mask = None
-        if padding is not None or (past and T > 1):
-            mask = torch.ones((T, past + T), dtype=torch.bool, device=device).tril(past)         # (T, S)
+        if padding is not None or 1 < T < S:
+            mask = torch.ones((T, S), dtype=torch.bool, device=tokens.device).tril(S - T)
         if padding is not None:
-            slots = torch.arange(past + T, device=device)                              # (S,) in the cache
+            slots = torch.arange(S, device=tokens.device)                              # (S,) in the cache
             mask = mask & (slots >= padding[:, None, None, None])                      # (B, 1, T, S)
-            mask = mask | (slots == slots[past:, None])           # a padding row reads itself: no softmax over nothing
+            mask = mask | (slots == slots[S - T:, None])          # a padding row reads itself: no softmax over nothing
         return LayerInputs(router, cos, sin, mask, cache)
+
+    def _angles(self, T: int) -> tuple[Tensor, Tensor]:
+        """Of T tokens. Padding at the left counts: rotary positions matter by their differences alone."""
+        positions = torch.arange(T, device=self.norm.weight.device)[None]
+        return rope_angles(positions, self.config.head_width, self.config.rope_base)
 
     def new_cache(self, batch: int, max_tokens: int) -> KVCache:
         """Not in the paper: an empty cache for `batch` sequences of up to `max_tokens`."""
-        c, weight = self.config, self.text_embedding.weight
-        return KVCache(c.layers, batch, c.kv_heads, max_tokens, c.head_width, weight.device, weight.dtype)
+        c = self.config
+        room = self.norm.weight.new_zeros((2, c.layers, batch, c.kv_heads, max_tokens, c.head_width))
+        return KVCache(room, self._angles(max_tokens))
 
     def text_logits(self, h: Tensor) -> Tensor:
         """Sec. 3.3: l_t of hidden states (..., D) -> (..., V_t)."""
@@ -148,19 +146,14 @@ class MARS(nn.Module):
         return h if k == 1 else self.nktp_heads[k - 2](h)
 
     def loss(self, tokens: Tensor, targets: Tensor, recompute: bool = False) -> Tensor:
-        """Eq. 1 and 2: the mean of -log p_k(z_{t+k} | z_{<=t}) over every token that every head is asked for.
-
-        tokens (B, T); targets (B, T, K): z_{t+k} at [:, t, k - 1], or IGNORE, see `data.targets_of`. K = 1 is Eq. 1.
-        """
+        """Eq. 1 and 2: the mean of -log p_k(z_{t+k} | z_{<=t}) over every token that every head is asked for. tokens
+        (B, T); targets (B, T, K): z_{t+k} at [:, t, k - 1], or IGNORE, see `data.targets_of`. K = 1 is Eq. 1."""
         h, n = self.hidden(tokens, recompute=recompute), (targets != IGNORE).sum()     # (B, T, D)
         return sum(self.nll(h, z, k) for k, z in enumerate(targets.unbind(-1), 1)) / n.clamp(min=1)
 
     def nll(self, h: Tensor, z: Tensor, k: int) -> Tensor:
-        """-log p of head k's targets z (B, T), summed. h (B, T, D).
-
-        The (N, V_t + V_v) logits never exist whole: those of a chunk are dropped, and computed again in the backward
-        pass. Where there is one head and one chunk, nothing has to be dropped.
-        """
+        """-log p of head k's targets z (B, T), summed. h (B, T, D). The (N, V_t + V_v) logits never exist whole: those
+        of a chunk are dropped, and computed again in the backward pass; those of a single chunk may stay."""
         h, z = h[z != IGNORE], z[z != IGNORE]                                          # (N, D), (N,)
         part = lambda h, z: F.cross_entropy(self.logits(self.head(h, k)), z, reduction="sum")
         rows = max(1, LOGITS // self.vocabulary.size)
@@ -173,35 +166,28 @@ class MARS(nn.Module):
         return self.logits(self.hidden(tokens)) if targets is None else self.loss(tokens, targets, recompute)
 
     def freeze_language(self) -> "MARS":
-        """Sec. 3.2: the linguistic component remains static; the visual side trains. The one place that decides.
-
-        Without visual experts (Table 3's ablation) the two modalities share every weight, so every weight trains.
-        """
+        """Sec. 3.2: the linguistic component remains static; the visual side trains. Without visual experts (Table 3's
+        ablation) the modalities have every weight in common, so every weight trains."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_visual(name) or not self.config.visual_experts)
         return self
 
     def initialise(self, generator: torch.Generator | None = None) -> "MARS":
-        """Not in the paper, which loads Qwen: random weights of variance 1 / fan-in, embeddings of variance 1, and
-        the two matrices that write to the residual stream scaled by 1 / sqrt(2 L); returns self.
-
-        With Qwen's own 0.02, or with embeddings as small as the rest, attention that looks words up hardly forms.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, generator=generator)
-            elif isinstance(module, nn.Linear):
-                writes = name.endswith((".out", ".down"))
-                std = (module.weight.shape[1] * (2 * self.config.layers if writes else 1)) ** -0.5
-                nn.init.normal_(module.weight, std=std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Not in the paper, which loads Qwen: random weights of variance 1 / fan-in, embeddings of variance 1, and the
+        two matrices that write to the residual stream scaled by 1 / sqrt(2 L); returns self. With Qwen's own 0.02
+        attention that looks words up hardly forms."""
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(p)
+            elif p.ndim == 2:                                                          # norms stay 1
+                writes = 2 * self.config.layers if name.endswith((".out.weight", ".down.weight")) else 1
+                std = 1.0 if "embedding" in name else (p.shape[1] * writes) ** -0.5
+                nn.init.normal_(p, std=std, generator=generator)
         return self
 
     @classmethod
     @torch.no_grad()
-    def grow(cls, earlier: "MARS", *, noise: float = 0.0, generator: torch.Generator | None = None,
-             **changes) -> "MARS":
+    def grow(cls, earlier: "MARS", *, noise=0.0, generator: torch.Generator | None = None, **changes) -> "MARS":
         """Sec. 3.3 and 3.4: a larger model out of an earlier one, for Stage I out of a language model (image_vocab=V),
         for Stage III out of Stage II (k=K). changes: of the configuration.
 
@@ -211,21 +197,19 @@ class MARS(nn.Module):
         """
         with torch.device("meta"):
             model = cls(dataclasses.replace(earlier.config, **changes))
-        old = earlier.state_dict()
+        old, random = earlier.state_dict(), lambda p: torch.randn(p.shape, generator=generator)
         for name, p in list(model.named_parameters()):
             counterpart = name.replace("visual_", "").replace("vision_head", "text_head")
             if name in old and old[name].shape == p.shape:
                 tensor = old[name]
             elif name.startswith(("visual_embedding", "vision_head")):
-                rows = old["text_embedding.weight" if name.startswith("visual") or counterpart not in old
-                           else counterpart]                                           # tied: the embedding's
+                rows = old.get(counterpart, old["text_embedding.weight"])              # tied: the embedding's
                 variance, mean = torch.var_mean(rows, dim=0, correction=0)
-                tensor = mean + noise * variance.sqrt() * torch.randn(p.shape, generator=generator).to(mean.device)
-                tensor = tensor.to(rows.dtype)                                         # (V_v, D)
+                tensor = (mean + noise * variance.sqrt() * random(p).to(mean.device)).to(rows.dtype)   # (V_v, D)
             elif name.startswith("nktp_heads"):
-                tensor = torch.zeros(p.shape) if name.endswith("down.weight") else torch.ones(p.shape)
+                tensor = torch.full(p.shape, float("norm" in name))                    # the last matrix is 0
                 if name.endswith("gate_up.weight"):
-                    tensor = torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
+                    tensor = random(p) * p.shape[-1] ** -0.5
                 tensor = tensor.to(old["text_embedding.weight"])
             else:
                 tensor = old[counterpart].clone()
@@ -241,10 +225,7 @@ class MARS(nn.Module):
     def from_qwen(cls, directory: str | Path, image_vocab: int = 8192, *, dtype: torch.dtype = torch.bfloat16,
                   device="cpu", **changes) -> "MARS":
         """Sec. 3.3: a MARS grown out of a folder of Qwen's published weights, see qwen.py; image_vocab = 0: Qwen alone.
-
-        Built on the meta device; shards are memory-mapped, one at a time, and copied tensor by tensor. Raises
-        ValueError, one line, for a bad folder.
-        """
+        One tensor is copied at a time. Raises ValueError, one line, for a bad folder."""
         layout, sizes = qwen.read_layout(Path(directory))
         with torch.device("meta"):
             model = cls(MARSConfig(**sizes))
@@ -257,8 +238,7 @@ class MARS(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu") -> "MARS":
-        """A folder of ours, or of Qwen's published weights (the language model alone). Raises ValueError, one line,
-        for a bad folder."""
+        """A folder of ours, or of Qwen's own weights, a language model alone. Raises ValueError for a bad folder."""
         if "model_type" in read_json(Path(directory) / "config.json"):
             return cls.from_qwen(directory, 0, device=device)
         return load_folder(directory, cls, MARSConfig, device)

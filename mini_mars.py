@@ -106,5 +106,6 @@ def generate(model, prompt, unconditional, n, entries, guidance=1.0, temperature
         with_caption, without = (model(torch.tensor([ids]))[0, -1] for ids in (a, b))
         logits = (without + guidance * (with_caption - without))[model.V_t:model.V_t + entries]
         token = int(torch.multinomial((logits / temperature).softmax(-1), 1))
-        a.append(model.V_t + token), b.append(model.V_t + token)
+        for ids in (a, b):
+            ids.append(model.V_t + token)
     return [id - model.V_t for id in a[-n:]]

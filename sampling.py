@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from config import check, setting
 from data import Sequence, collate
@@ -17,7 +18,7 @@ from kv_cache import KVCache
 from mars import MARS
 from tokenizer import Vocabulary
 
-WINDOW = (4, 16)                      # fewest and most tokens that a forward pass reads where the one before it drafts
+WINDOW = 16                           # tokens that a forward pass on a GPU reads where the one before it drafts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Sampling:
     top_k: int = setting(0, "sample among the k likeliest tokens; 0: among all", least=0)
     top_p: float = setting(1.0, "sample among the likeliest tokens, up to this probability", least=1e-6, most=1)
     k: int = setting(0, "tokens that a forward pass reads, all but the first drafted; 0: K of the model, or without "
-                     f"heads 2 to K {WINDOW[0]} to {WINDOW[1]}; for several images 1", least=0, most=1024)
+                     f"heads 2 to K {WINDOW} on a GPU, 1 on a CPU; for several images 1", least=0, most=1024)
     unverified: bool = setting(False, "Eq. 2 as it stands: head 1 does not check heads 2 to K, a pass gives K tokens")
 
     def __post_init__(self):
@@ -67,23 +68,29 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def noise(seed: int, position: int, V: int) -> Tensor:
-    """Not in the paper: exponential noise (V,) of rate 1, for one position of the sequence that has this seed.
-
-    Seeds belong to images and noise to positions: a sampled token is a function of what stands before it, of the seed
-    and of the position. So an image is the same in every batch, with every draft and on every machine, up to rounding.
-    """
+    """Not in the paper: exponential noise (V,) of rate 1, for one position of the sequence that has this seed. So a
+    sampled token is a function of what stands before it, of the seed and of the position, and an image is the same in
+    every batch, with every draft and on every machine, up to rounding."""
     return torch.from_numpy(np.random.default_rng((seed, position)).standard_exponential(V)).float()
 
 
 def race(p: Tensor, noise: Tensor) -> Tensor:
-    """Not in the paper: one token from each row of p (..., V) -> (...), by exponential noise (..., V).
-
-    Token v arrives at the time noise[v] / p[v]. The first to arrive is v with probability p[v].
-    """
+    """Not in the paper: one token from each row of p (..., V) -> (...), by exponential noise (..., V). Token v arrives
+    at the time noise[v] / p[v]; the first to arrive is v with probability p[v]."""
     return (p / noise).argmax(-1)
 
 
 # ----------------------------------------------------------------------------- many tokens: Eq. 1 and 2
+
+def for_sampling(model: MARS) -> MARS:
+    """Not in the paper: lays the matrices of a model on a CPU out in the order in which the product with a single row
+    reads them fastest; their shapes and values stay. Returns the model, which would train more slowly."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+            weight = module.weight.detach().t().contiguous().t()                 # (out, in), one input after another
+            module.weight = nn.Parameter(weight, module.weight.requires_grad)
+    return model
+
 
 def prefill(model: MARS, prompts: list[list[int]], more: int) -> tuple[Tensor, KVCache]:
     """Reads prompts, padded at the left so that all end at one position -> last hidden states (B, 1, D), and a cache
@@ -99,16 +106,16 @@ def prefill(model: MARS, prompts: list[list[int]], more: int) -> tuple[Tensor, K
     return model.hidden(tokens.to(cache.keys.device), cache)[:, -1:], cache
 
 
-def count_drafts(sampling: Sampling, K: int, batch: int) -> tuple[int, int]:
-    """Not in the paper: fewest and most tokens that are drafted for a forward pass. By default those of one sequence,
-    not those of a batch, whose rows wait for each other. Raises ValueError where that takes more than K heads."""
+def count_drafts(sampling: Sampling, K: int, batch: int, device: torch.device) -> int:
+    """Not in the paper: how many tokens are drafted for a forward pass; none where that is slower, in a batch, whose
+    rows wait for each other, and without heads on a CPU. Raises ValueError where it takes more than K heads."""
     if K > 1 and sampling.k > K or K == 1 and sampling.unverified:
         raise ValueError(f"k is {sampling.k}, unverified {sampling.unverified}, but these weights have K = {K} heads")
     if sampling.k:
-        return sampling.k - 1, sampling.k - 1
+        return sampling.k - 1
     if batch > 1 and not sampling.unverified:
-        return 0, 0
-    return (K - 1, K - 1) if K > 1 else (WINDOW[0] - 1, WINDOW[1] - 1)
+        return 0
+    return K - 1 if K > 1 or device.type == "cpu" else WINDOW - 1
 
 
 @torch.no_grad()
@@ -124,49 +131,53 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
         sampled by head 1    7   8   2   4        7 8 stay, 2 is certain too, 4 is a guess at what follows
 
     Drafts come from heads 2 to K, at the state that sampled the last certain token (Eq. 2), or from the guesses, the
-    last of which is repeated (speculative Jacobi decoding, arXiv 2410.01699); the more of them stayed, the more are
-    drafted next. Rows of a batch go on in step.
+    last of which is repeated (speculative Jacobi decoding, arXiv 2410.01699). Rows of a batch go on in step.
 
     logits_of(states, k, tokens): logits (B, T, V) of head k at states (B or 2B, T, D), where tokens (B, t) are certain.
     images: V is the image vocabulary. stop(tokens): whether to end early. on_tokens(tokens): called once a pass.
     """
     states, cache = prefill(model, prompts, length)                              # (B or 2B, 1, D)
     B, K, passes, first = len(seeds), model.config.k, 1, model.vocabulary.text if images else 0
-    fewest, most = count_drafts(sampling, K, B) if images else (0, 0)
+    most = count_drafts(sampling, K, B, states.device) if images else 0
     verify = not (images and sampling.unverified)
 
-    @functools.lru_cache(maxsize=most + 1)
-    def noise_at(t, V):
-        return torch.stack([noise(seed, t, V) for seed in seeds]).to(states.device)       # (B, V)
+    @functools.lru_cache(maxsize=2 + most // 16)
+    def log_noise(part, V):            # of 16 positions at a time: of one at a time it takes three times as long
+        rows = [noise(seed, t, V) for t in range(16 * part, min(16 * part + 16, length)) for seed in seeds]
+        return torch.stack(rows).log().to(states.device).unflatten(0, (-1, B))   # (up to 16, B, V)
 
     def sample(logits, t):
         if sampling.temperature == 0:
             return logits.argmax(-1)
-        rows = [noise_at(t + i, logits.shape[2]) for i in range(logits.shape[1])]
-        return race(probabilities(logits, sampling), torch.stack(rows, dim=1))   # (B, T)
+        at = range(t, t + logits.shape[1])
+        rows = torch.stack([log_noise(i // 16, logits.shape[2])[i % 16] for i in at], dim=1)     # (B, T, V)
+        if sampling.top_k or sampling.top_p < 1:
+            return race(probabilities(logits, sampling), rows.exp())             # (B, T)
+        return torch.sub(logits, rows, alpha=sampling.temperature).argmax(-1)    # the same race without a softmax
 
     tokens = drafts = torch.empty((B, 0), dtype=torch.long, device=states.device)
     while True:
-        sampled = sample(logits_of(states, 1, tokens), tokens.shape[1])          # (B, 1 + n)
-        agrees = (sampled[:, :-1] == drafts).all(dim=0).long()                   # (n,)
-        kept = int(agrees.cumprod(0).sum()) if len(agrees) else 0
-        tokens, guesses = torch.cat((tokens, sampled[:, :kept + 1]), dim=1), sampled[:, kept + 1:]
-        cache.length -= len(agrees) - kept                                       # forget what was refused
-        last, left = tokens[:, -1:], length - tokens.shape[1] - verify
-        n = max(0, min(most, left, max(fewest, 2 * kept + 1)))
-        if K > 1 and n:
+        sampled, n = sample(logits_of(states, 1, tokens), tokens.shape[1]), drafts.shape[1]      # (B, 1 + n)
+        kept = int((sampled[:, :n] == drafts).all(dim=0).long().cumprod(0).sum()) if n else 0
+        tokens = torch.cat((tokens, sampled[:, :kept + 1]), dim=1)
+        cache.length -= n - kept                                                 # forget what was refused
+        n, read = max(0, min(most, length - tokens.shape[1] - verify)), tokens[:, -1:]
+        if n and K > 1:
             state = states[:, kept:kept + 1]
             drafts = sample(torch.cat([logits_of(state, k, tokens) for k in range(2, n + 2)], 1), tokens.shape[1])
+        elif n:
+            drafts = torch.cat((sampled[:, kept + 1:], sampled[:, -1:].expand(B, n)), dim=1)[:, :n]
         else:
-            repeated = torch.cat((last, guesses), dim=1)[:, -1:].expand(B, n)
-            drafts = torch.cat((guesses, repeated), dim=1)[:, :n]                # (B, n)
+            drafts = drafts[:, :0]
+        if n:
+            read = torch.cat((read, drafts), dim=1)                              # (B, 1 + n)
         if not verify:
             tokens = torch.cat((tokens, drafts), dim=1)
         if on_tokens:
             on_tokens(tokens)
         if tokens.shape[1] == length or (stop and stop(tokens)):
             return tokens, passes
-        read = first + torch.cat((last, drafts), dim=1).repeat(len(prompts) // B, 1)
+        read = first + (read if len(prompts) == B else torch.cat((read, read)))
         states, passes = model.hidden(read, cache, all_visual=images), passes + 1     # (B or 2B, 1 + n, D)
         if not verify:
             states, drafts = states[:, -1:], drafts[:, :0]
@@ -176,8 +187,10 @@ def generate_image_tokens(model: MARS, prompts: list[list[int]], shape: tuple[in
                           seeds: list[int], on_tokens=None) -> tuple[Tensor, int]:
     """Sec. 3.4: prompts, with guidance followed by as many unconditional ones -> image tokens (B, h, w), and the
     forward passes used. Nothing but image tokens can be sampled; the size sets how many."""
+    W = model.vision_head.weight[:model.vocabulary.image]                        # (V, D)
+
     def logits_of(states, k, tokens):
-        logits = model.vision_head(model.head(states, k))[..., :model.vocabulary.image].float()
+        logits = F.linear(model.head(states, k), W).float()
         return guide(logits, sampling.guidance) if sampling.guidance != 1 else logits
     tokens, passes = decode(model, prompts, logits_of, shape[0] * shape[1], sampling, seeds, images=True,
                             on_tokens=on_tokens)
@@ -186,11 +199,9 @@ def generate_image_tokens(model: MARS, prompts: list[list[int]], shape: tuple[in
 
 def may_follow(written: list[int], vocabulary: Vocabulary, tokenizer, cells: int, most: int,
                max_text: int) -> list[range]:
-    """Fig. 9, as a grammar: after what was written since the prompt, the ids that may come next.
-
-    Text, at most `max_text` tokens, up to its end or to `<multi_images>`; then images of `cells` tokens, at least one
-    and at most `most`; then `</multi_images>` and the end of text. most = 0: text alone, as in captioning.
-    """
+    """Fig. 9, as a grammar: after what was written since the prompt, the ids that may come next. Text, at most
+    `max_text` tokens, up to its end or to `<multi_images>`; then images of `cells` tokens, at least one and at most
+    `most`; then `</multi_images>` and the end of text. most = 0: text alone, as in captioning."""
     one = lambda token: range(vocabulary.special(token), vocabulary.special(token) + 1)
     end, opening, closing = range(tokenizer.eos, tokenizer.eos + 1), one("<multi_images>"), one("</multi_images>")
     if written and written[-1] in (end[0], closing[0]):

@@ -1,7 +1,7 @@
 """SemVIE, the Semantic Vision-language Integration Expert (paper Sec. 3.3, Eq. 3 and 4, Fig. 3).
 
-A SemVIE block is a Qwen block in which QKV and FFN exist twice: a frozen text expert and a trainable visual expert.
-The modality of a token decides which of the two it meets. Attention, its output projection and the norms are shared.
+A block is a Qwen block in which QKV and FFN exist twice: a frozen text expert and a trainable visual expert. The
+modality of a token decides which of the two it meets. Attention, its output projection and the norms are shared.
 
 Shapes: B batch, T tokens, N = B * T less padding, D width, H query heads, G key-value heads, d width of a head,
 S tokens in the cache.
@@ -44,9 +44,8 @@ class SemVIEConfig:
 class Router:
     """Eq. 3: `r_t, r_v = Router(...)`: sorts the tokens of a batch by modality, text first, once a forward pass.
 
-    The modality is known from the token's id; nothing is learned. All layers then work on one packed (N, D) tensor
-    whose first rows are text, so that an expert reads a slice and a token costs one expert. Padding is left out of
-    the packed rows and costs nothing. Example, T text, V visual, . padding:
+    The modality is known from the token's id; nothing is learned. All layers work on packed rows, so that an expert
+    reads a slice, a token costs one expert, and padding costs nothing. Example, T text, V visual, . padding:
 
         T T V V .       packed rows:  T T T V V V V
         T V V . .                     0 1 5 2 3 6 7   (positions in the flattened batch)
@@ -56,37 +55,22 @@ class Router:
         """is_visual, is_padding: (B, T) bool."""
         self.shape = is_visual.shape
         kind = is_visual.long().masked_fill(is_padding, 2).flatten()          # (B*T,)
-        n_text, n_visual, n_padding = torch.bincount(kind, minlength=3).tolist()
-        self.rows = (n_text, n_visual)
-        self.is_sorted = n_padding == 0 and 0 in self.rows
-        if not self.is_sorted:
-            order = kind.argsort(stable=True)
-            self.inverse = order.argsort().clamp(max=n_text + n_visual - 1)   # padding repeats the last row
-            self.order = order[:n_text + n_visual]                            # (N,)
-
-    @classmethod
-    def all_visual(cls, shape: torch.Size) -> "Router":
-        """For a batch (B, T) of nothing but visual tokens, as in sampling an image: nothing has to be counted."""
-        router = cls.__new__(cls)
-        router.shape, router.rows, router.is_sorted = shape, (0, shape.numel()), True
-        return router
+        self.rows = n_text, n_visual = torch.bincount(kind, minlength=3)[:2].tolist()
+        order = kind.argsort(stable=True)
+        self.inverse = order.argsort().clamp(max=n_text + n_visual - 1)       # padding repeats the last row
+        self.order = order[:n_text + n_visual]                                # (N,)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) in the order of the sequence -> (N, ...) in the order of the experts."""
-        x = x.flatten(0, 1)
-        return x if self.is_sorted else x.index_select(0, self.order)
+        return x.flatten(0, 1).index_select(0, self.order)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) in the order of the experts -> (B, T, ...): the C(., .) of Eq. 3. Rows of padding are arbitrary."""
-        x = x if self.is_sorted else x.index_select(0, self.inverse)
-        return x.unflatten(0, self.shape)
+        return x.index_select(0, self.inverse).unflatten(0, self.shape)
 
     def __call__(self, x: Tensor, text_expert, visual_expert) -> Tensor:
-        """Eq. 3 and 4: every row of x (N, ...) through the expert of its modality -> (N, ...).
-
-        visual_expert None: every row through the text expert. With gradients an expert without rows still runs on its
-        empty slice, so that its parameters take part in every backward pass (DDP waits for them).
-        """
+        """Eq. 3 and 4: each row of x (N, ...) through the expert of its modality, or the one that there is -> (N, ...).
+        With gradients an expert without rows runs on its empty slice: DDP waits for a gradient of every parameter."""
         if visual_expert is None:
             return text_expert(x)
         if not torch.is_grad_enabled() and 0 in self.rows:
@@ -98,8 +82,7 @@ class Router:
 # ----------------------------------------------------------------------------- the parts of a Qwen block
 
 class RMSNorm(nn.Module):
-    """Sec. 3.3 "LN", which in Qwen is RMSNorm; shared by the modalities. The cast is why nn.RMSNorm would not do:
-    its fused kernel refuses weights and input of two types."""
+    """Sec. 3.3 "LN", which in Qwen is RMSNorm. nn.RMSNorm would not cast its weights to the type of its input."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -108,6 +91,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def step(self):
+        """The same as a function for `visual_step`: on a CPU, which has no fused kernel, in half as many operations."""
+        if self.weight.device.type != "cpu":
+            return self
+        n = len(self.weight)
+        weight, floor = self.weight * n ** 0.5, self.weight.new_tensor((n * self.eps) ** 0.5)
+        return lambda x: x * weight / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor)
 
 
 class SwiGLU(nn.Module):
@@ -125,9 +116,7 @@ class SwiGLU(nn.Module):
 
 def rope_angles(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """Not in the paper: Qwen's rotary position embedding (arXiv 2104.09864), one-dimensional for image tokens too.
-
-    positions (B, T) -> cos and sin, each (B, 1, T, d), float32; the first half of sin has the sign of `rotate`.
-    """
+    positions (B, T) -> cos and sin, each (B, 1, T, d), float32, as `rotate` needs them."""
     inverse = base ** (-torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
     angles = (positions[..., None].float() * inverse)[:, None]                # (B, 1, T, d/2)
     cos, sin = angles.cos(), angles.sin()
@@ -142,10 +131,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @dataclass
 class LayerInputs:
     """Not in the paper: what all layers of one forward pass share, computed once."""
-    router: Router
+    router: Router | None             # None in `visual_step`
     cos: Tensor                       # (B, 1, T, d)
     sin: Tensor
-    mask: Tensor | None               # (T, S) or (B, 1, T, S) bool, True: may be read; None: causal, or one query
+    mask: Tensor | None               # (T, S) or (B, 1, T, S) bool, what may be read; None: causal, or one query
     cache: KVCache | None
 
 
@@ -190,10 +179,8 @@ class AttentionMoE(nn.Module):
 
 
 class SemVIEBlock(nn.Module):
-    """Sec. 3.3, Fig. 3 right: x + AttentionMoE(LN(x)), then x + FFN-MoE(LN(x)).
-
-    Eq. 4 prints no residual and feeds r instead of LN(r); Fig. 3 draws the bypass, and so does Qwen.
-    """
+    """Sec. 3.3, Fig. 3 right: x + AttentionMoE(LN(x)), then x + FFN-MoE(LN(x)). Eq. 4 prints no residual and feeds r
+    instead of LN(r); Fig. 3 draws the bypass, and so does Qwen."""
 
     def __init__(self, config: SemVIEConfig, layer: int):
         super().__init__()
@@ -209,22 +196,22 @@ class SemVIEBlock(nn.Module):
         return x + inputs.router(self.norm_2(x), self.ffn, self.visual_ffn)                 # Eq. 4
 
     def visual_step(self):
-        """Not in the paper: what `forward` does for visual tokens alone, as a function of x and inputs, for sampling.
-
-        It calls no router and no module: in a small model their calls take longer than the arithmetic.
+        """Not in the paper: what `forward` does for visual tokens that follow others in a cache, as a function of x
+        (B * T, D) and inputs. It calls no router and no module: in a small model that takes longer than the arithmetic.
         """
-        a, ffn, norm_1, norm_2 = self.attention, self.visual_ffn or self.ffn, self.norm_1.weight, self.norm_2.weight
-        qkv_linear, H, G, d, eps = a.visual_qkv or a.qkv, a.H, a.G, a.d, self.norm_1.eps
-        W_qkv, b_qkv, W_O = qkv_linear.weight, qkv_linear.bias, (a.visual_out or a.out).weight
-        W_gate_up, W_down, D = ffn.gate_up.weight, ffn.down.weight, norm_1.shape
+        a, ffn, norm_1, norm_2 = self.attention, self.visual_ffn or self.ffn, self.norm_1.step(), self.norm_2.step()
+        linears, H, G, d = (a.visual_qkv or a.qkv, a.visual_out or a.out, ffn.gate_up, ffn.down), a.H, a.G, a.d
+        W_qkv, W_O, W_gate_up, W_down = (linear.weight.t() for linear in linears)           # (in, out)
+        b_qkv = W_qkv.new_zeros(W_qkv.shape[1]) if linears[0].bias is None else linears[0].bias
 
         def step(x: Tensor, inputs: LayerInputs) -> Tensor:
-            qkv = F.linear(torch.rms_norm(x, D, norm_1.to(x.dtype), eps), W_qkv, b_qkv)                 # (N, (H+2G)d)
-            qk, v = qkv.view(*inputs.router.shape, -1, d).transpose(1, 2).split((H + G, G), dim=1)
-            qk = rotate(a.norm_qk(qk), inputs.cos, inputs.sin)                              # (B, H+G, T, d)
-            k, v = inputs.cache.write(a.layer, qk.narrow(1, H, G), v)                       # (B, G, S, d)
-            y = F.scaled_dot_product_attention(qk.narrow(1, 0, H), k, v, attn_mask=inputs.mask, enable_gqa=H != G)
-            x = x + F.linear(y.transpose(1, 2).reshape(len(x), -1), W_O)
-            gate, up = F.linear(torch.rms_norm(x, D, norm_2.to(x.dtype), eps), W_gate_up).chunk(2, dim=-1)
-            return x + F.linear(F.silu(gate) * up, W_down)
+            qkv = torch.addmm(b_qkv, norm_1(x), W_qkv)                                      # (B*T, (H+2G)d)
+            qkv = qkv.view(-1, inputs.cos.shape[2], H + 2 * G, d).transpose(1, 2)           # (B, H+2G, T, d)
+            qk, v = qkv.split((H + G, G), dim=1)
+            q, k = rotate(a.norm_qk(qk), inputs.cos, inputs.sin).split((H, G), dim=1)
+            k, v = inputs.cache.write(a.layer, k, v)                                        # (B, G, S, d)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=H != G)
+            x = torch.addmm(x, y.transpose(1, 2).reshape(len(x), -1), W_O)                  # Eq. 3
+            gate, up = torch.mm(norm_2(x), W_gate_up).chunk(2, dim=-1)
+            return torch.addmm(x, F.silu(gate) * up, W_down)                                # Eq. 4
         return step

@@ -4,7 +4,7 @@
     python -m experiments.benchmark decode train --device cuda      what a GPU makes of them
 
 Each figure is the median of rounds in which it takes turns with its baseline, so that a busy machine slows both. One
-thread of a CPU is measured in CPU time, which does not count while others have the core.
+thread of a CPU is measured in CPU time.
 """
 import contextlib
 import dataclasses
@@ -35,11 +35,11 @@ from files import write_json, write_text
 from generate import WEIGHTS, load_stage
 from images import Resize, save_image, to_pixels
 from mars import MARS, MARSConfig
-from sampling import Sampling, generate_image_tokens
+from sampling import Sampling, for_sampling, generate_image_tokens
 
 PROMPTS = ("red apple", "dog", "blue heart", "house", "sun", "cat", "green book", "woman astronaut")
-SETTINGS = {"as by default": {}, "without drafts": {"k": 1}, "4 tokens a pass": {"k": 4}, "8 tokens a pass": {"k": 8},
-            "temperature 0": {"temperature": 0}}
+SETTINGS = {"as by default": {}, "4 tokens a pass": {"k": 4}, "16 tokens a pass": {"k": 16},
+            "temperature 0": {"temperature": 0}, "temperature 0, 16 tokens a pass": {"temperature": 0, "k": 16}}
 THEIRS = "transformers, dense Qwen2 of this size"
 
 
@@ -87,12 +87,9 @@ def row(what: str, ours: float, baseline: str, theirs: float, unit: str = "s") -
 # ----------------------------------------------------------------------------- what is measured
 
 def transformers_generate(model: MARS):
-    """A function of the batch size: transformers samples 64 tokens by a dense Qwen2 of the model's size; None where
-    transformers is not installed."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        return None
+    """A function of the batch size: transformers samples 64 tokens by a dense Qwen2 of the model's size. Raises
+    ImportError where transformers is not installed."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
     c, weight = model.config, model.norm.weight
     dense = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=model.vocabulary.size, hidden_size=c.width, intermediate_size=c.ffn_width,
@@ -106,72 +103,78 @@ def transformers_generate(model: MARS):
     return generate
 
 
-@torch.inference_mode()
 def decode(c: BenchmarkConfig) -> list[dict]:
     """Images of 64 tokens, one of each prompt and 16 at once, against transformers and the reading of weights."""
     model, _, tokenizer = load_stage(c.weights, c.device)
-    model, passes = model.bfloat16() if c.device.startswith("cuda") else model, {}
+    model, passes = for_sampling(model.bfloat16() if c.device.startswith("cuda") else model), {}
     prompts = [prompt(tokenizer.encode(text), model.vocabulary) for text in PROMPTS]
 
-    def each(**how):
-        passes[str(how)] = [generate_image_tokens(model, [ids], (8, 8), Sampling(**how), [i])[1]
-                            for i, ids in enumerate(prompts)]
-    read = torch.cat([p.flatten() for name, p in model.named_parameters()
+    def each(name):
+        passes[name] = [generate_image_tokens(model, [ids], (8, 8), Sampling(**SETTINGS[name]), [i])[1]
+                        for i, ids in enumerate(prompts)]
+    read = torch.cat([tensor.flatten() for name, tensor in model.state_dict().items()
                       if name.startswith(("blocks", "vision_head")) and ("vis" in name or ".out." in name)])
-    runs = {str(how): lambda how=how: each(**how) for how in SETTINGS.values()}
+    runs = {name: functools.partial(each, name) for name in SETTINGS}
     runs |= {"16": lambda: generate_image_tokens(model, prompts * 2, (8, 8), Sampling(), list(range(16))),
              "reading": lambda: [read.sum() for _ in range(64)]}
-    theirs = transformers_generate(model)
-    if theirs:
+    with contextlib.suppress(ImportError):
+        theirs = transformers_generate(model)
         runs |= {"theirs": lambda: theirs(1), "their 16": lambda: theirs(16)}
-    found, rows = take_turns(runs, c.rounds, c.clock), []
-    seconds = {name: found[str(how)] / len(prompts) for name, how in SETTINGS.items()}
-    if theirs:
+    with torch.inference_mode():
+        found, rows = take_turns(runs, c.rounds, c.clock), []
+    seconds = {name: found[name] / len(prompts) for name in SETTINGS}
+    if "theirs" in found:
         rows = [row(f"one image, {name}", seconds[name], THEIRS, found["theirs"]) for name in SETTINGS]
         rows.append(row("16 images at once", found["16"], THEIRS + ", 16 at once", found["their 16"]))
-    rows += [row(f"one image, {name}", seconds[name], "reading the weights once a token", found["reading"])
-             for name in ("as by default", "without drafts")]
-    return rows + [row(f"forward passes, {name}", statistics.mean(passes[str(how)]), "one a token", 64, "")
-                   for name, how in SETTINGS.items()]
+    by_default = row("one image, as by default", seconds["as by default"], "reading the weights once a token",
+                     found["reading"])
+    return rows + [by_default] + [row(f"forward passes, {name}", statistics.mean(passes[name]), "one a token", 64, "")
+                   for name in SETTINGS]
+
+
+def batch_of(sequences: list, vocabulary, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets of a training step."""
+    tokens, is_target = collate(sequences, vocabulary.special("<pad>"))
+    return tokens.to(device), targets_of(tokens, is_target, vocabulary).to(device)
+
+
+def training_step(model: MARS, bf16: bool):
+    """A function of a batch: forward, backward and AdamW of what trains in `model`, in bf16 as train.py does it."""
+    model.train().freeze_language()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    device = model.norm.weight.device.type
+
+    def step(batch):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16), \
+                sdpa_kernel(SDPBackend.MATH) if bf16 and device == "cpu" else contextlib.nullcontext():
+            model(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def train(c: BenchmarkConfig) -> list[dict]:
-    """Forward, backward and AdamW of Stage I in bf16, against a dense model of the same shape whose weights all train;
-    and the operations a second that it reaches, on a GPU nearly MFU."""
-    routed, device, rows = load_stage(c.weights, c.device)[0].float(), torch.device(c.device), []
-    dense = MARS(dataclasses.replace(routed.config, visual_experts=False)).initialise().to(device)
-    generator, vocabulary = torch.Generator().manual_seed(0), routed.vocabulary
-    slow = device.type == "cpu"                        # the backward pass of fused attention in bf16, see train.py
+    """A step of Stage I against a dense model of the same shape whose weights all train, and the operations a second
+    that it reaches, on a GPU nearly MFU."""
+    model, generator, rows = load_stage(c.weights, c.device)[0].float(), torch.Generator().manual_seed(0), []
+    dense = MARS(dataclasses.replace(model.config, visual_experts=False)).initialise().to(c.device)
 
     def batch(text):
-        images = torch.randint(vocabulary.image, (16, 8, 8), generator=generator)
+        images = torch.randint(model.vocabulary.image, (16, 8, 8), generator=generator)
         captions = torch.randint(3, 1000, (16, text), generator=generator).tolist()
-        sequences = [text_to_image(ids, image, vocabulary) for ids, image in zip(captions, images)]
-        tokens, is_target = collate(sequences, vocabulary.special("<pad>"))
-        return tokens.to(device), targets_of(tokens, is_target, vocabulary).to(device)
-
-    def step(model, optimizer, tokens, targets):
-        with torch.autocast(device.type, torch.bfloat16), \
-                sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
-            model(tokens, targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    runs = []
-    for model in (routed.train().freeze_language(), dense.train().freeze_language()):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-        runs.append(functools.partial(step, model, optimizer))
+        return batch_of([text_to_image(ids, image, model.vocabulary) for ids, image in zip(captions, images)],
+                        model.vocabulary, c.device)
+    ours, theirs = training_step(model, bf16=True), training_step(dense, bf16=True)
     for text in (6, 22, 66):
-        tokens, targets = batch(text)
-        found = take_turns({"routed": lambda: runs[0](tokens, targets), "dense": lambda: runs[1](tokens, targets)},
-                           2 * c.rounds, c.clock)
-        rows.append(row(f"training step, {text / (text + 66):.0%} text", found["routed"],
-                        "dense model of this shape, all weights train", found["dense"]))
-    size = 1024 if slow else 8192
-    square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    found = take_turns({"step": lambda: runs[0](tokens, targets), "product": lambda: square @ square}, c.rounds,
-                       c.clock)
+        z = batch(text)
+        found = take_turns({"ours": lambda: ours(z), "theirs": lambda: theirs(z)}, 2 * c.rounds, c.clock)
+        rows.append(row(f"training step, {text / (text + 66):.0%} text", found["ours"],
+                        "dense model of this shape, all weights train", found["theirs"]))
+    size = 1024 if c.device == "cpu" else 8192
+    square = torch.randn(size, size, device=c.device, dtype=torch.bfloat16)
+    found = take_turns({"step": lambda: ours(z), "product": lambda: square @ square}, c.rounds, c.clock)
     with FlopCounterMode(display=False) as counter:
-        runs[0](tokens, targets)
+        ours(z)
     return rows + [row("operations a second, training", counter.get_total_flops() / found["step"] / 1e12,
                        f"a {size} x {size} matrix product in bf16", 2 * size ** 3 / found["product"] / 1e12, "T/s")]
 
@@ -203,29 +206,19 @@ def loss(c: BenchmarkConfig) -> list[dict]:
 def data(c: BenchmarkConfig) -> list[dict]:
     """Encoding images, and reading encoded ones, against the training steps that they feed."""
     model, vqgan, _ = load_stage(c.weights, c.device)
-    optimizer = torch.optim.AdamW([p for p in model.train().freeze_language().parameters() if p.requires_grad], 1e-4)
-    vocabulary, side = model.vocabulary, vqgan.config.resolution
+    step, side = training_step(model, bf16=False), vqgan.config.resolution
     images = [Image.effect_noise((side, side), 90).convert("RGB") for _ in range(16)]
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(images):
             save_image(image, Path(folder) / f"{i}.png")
             write_text(Path(folder) / f"{i}.txt", "a red apple")
         encoded = encode_dataset(open_dataset(folder), vqgan, Resize(side), Path(folder) / "tokens")
-
-        def read():
-            sequences = [text_to_image([5, 6, 7], encoded[i], vocabulary) for i in range(16)]
-            tokens, is_target = collate(sequences, vocabulary.special("<pad>"))
-            return tokens.to(c.device), targets_of(tokens, is_target, vocabulary).to(c.device)
+        read = lambda: batch_of([text_to_image([5, 6, 7], encoded[i], model.vocabulary) for i in range(16)],
+                                model.vocabulary, c.device)
         batch = read()
-
-        def step():
-            model(*batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found = take_turns({"encode": lambda: encode_each(vqgan, list(map(to_pixels, images))), "read": read,
-                            "step": step}, c.rounds, c.clock)
-    return [row("encoding 16 images", found["encode"], "a training step on them, float32", found["step"]),
-            row("reading 16 encoded images", found["read"], "a training step on them, float32", found["step"])]
+        found = take_turns({"encoding 16 images": lambda: encode_each(vqgan, list(map(to_pixels, images))),
+                            "reading 16 encoded images": read, "step": lambda: step(batch)}, c.rounds, c.clock)
+    return [row(what, found[what], "a training step on them, float32", found["step"]) for what in list(found)[:2]]
 
 
 COMMAND = """

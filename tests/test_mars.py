@@ -265,7 +265,7 @@ def test_stage_iii_starts_as_stage_ii_and_takes_its_tensors_over(mars):
 
 
 @pytest.mark.parametrize("change", [{}, {"route_output": True}, {"visual_experts": False}, {"qk_norm": True},
-                                    {"kv_heads": 4, "qkv_bias": False}])
+                                    {"kv_heads": 4, "qkv_bias": False}, {"norm_eps": 0.5}])
 @torch.no_grad()
 def test_the_step_for_visual_tokens_alone_computes_what_the_blocks_compute(change):
     mars, steps = make_mars(**change), []
@@ -278,9 +278,13 @@ def test_the_step_for_visual_tokens_alone_computes_what_the_blocks_compute(chang
     torch.testing.assert_close(*steps)
 
 
-def test_all_visual_tokens_need_no_counting(mars):
-    tokens = torch.randint(42, 58, (2, 6), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(mars.hidden(tokens, all_visual=True), mars.hidden(tokens))
+@torch.no_grad()
+def test_all_visual_tokens_need_no_counting(mars, monkeypatch):
+    tokens, cache = torch.randint(42, 58, (2, 6), generator=torch.Generator().manual_seed(0)), mars.new_cache(2, 6)
+    torch.testing.assert_close(mars.hidden(tokens, all_visual=True), expected := mars.hidden(tokens))
+    mars.hidden(tokens[:, :2], cache)
+    monkeypatch.setattr(Router, "__init__", None)
+    torch.testing.assert_close(mars.hidden(tokens[:, 2:], cache, all_visual=True), expected[:, 2:])
 
 
 # ----------------------------------------------------------------------------- causality, padding and the cache
