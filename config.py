@@ -19,40 +19,36 @@ import typing
 from pathlib import Path
 
 
-def setting(default=dataclasses.MISSING, help: str = "", *, least=None, most=None, choices=None, metavar=None,
-            nargs=None, aliases=()):
-    """A field of a settings dataclass: its default, what it is, and which values are allowed.
-
-    least, most: bounds, included; choices: the only values; metavar, nargs, aliases: as in argparse.
-    """
-    how = dict(help=help, least=least, most=most, choices=choices, metavar=metavar, nargs=nargs, aliases=aliases)
+def setting(default=dataclasses.MISSING, help: str = "", *, least=None, most=None, choices=None, aliases=(), **more):
+    """A field of a settings dataclass: its default and what it is. least, most: bounds, included; choices: the only
+    values; aliases: other names of its flag; more: as in argparse."""
+    how = dict(help=help, least=least, most=most, choices=choices, aliases=aliases, more=more)
     return dataclasses.field(default=default, metadata=how)
+
+
+def options_of(kind) -> tuple:
+    """The types that a type hint allows: int | None -> (int, NoneType), int -> (int,)."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
 
 
 # ----------------------------------------------------------------------------- checking
 
 def fit(value, kind):
-    """`value` as `kind` (a type hint) wants it: a list becomes a tuple, a whole number a float, nothing else changes.
-
-    Raises TypeError where the value is of another type. Examples:
+    """`value` as `kind` (a type hint) wants it; raises TypeError where it is of another type.
 
         (3, float) -> 3.0      ([1, 2], tuple[int, ...]) -> (1, 2)      (True, int) -> TypeError
     """
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        inner = typing.get_args(kind)
-        if inner[-1] is not Ellipsis and len(inner) != len(value):
-            raise TypeError
-        return tuple(fit(item, inner[0]) for item in value)
+    kind, *other = options_of(kind)
+    if value is None and other:
+        return None
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        inner, *others = typing.get_args(kind)                                        # int, ... or int, int
+        if others == [Ellipsis] or len(others) + 1 == len(value):
+            return tuple(fit(item, inner) for item in value)
     if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is Path and isinstance(value, (str, Path)):
+    if kind is Path and isinstance(value, (str, Path)) and "\0" not in str(value):
         return Path(value)
     if type(value) is kind and kind is not float:
         return value
@@ -61,41 +57,37 @@ def fit(value, kind):
 
 def describe(kind) -> str:
     """A type hint in words, for messages."""
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join("null" if option is type(None) else describe(option) for option in typing.get_args(kind))
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path",
+             type(None): "null"}
     if typing.get_origin(kind) is tuple:
         return "a list, each " + describe(typing.get_args(kind)[0])
-    return words.get(kind, str(kind))
+    options = options_of(kind)
+    return " or ".join(map(describe, options)) if len(options) > 1 else words.get(kind, str(kind))
 
 
 def check(config) -> None:
     """Checks every field of a settings dataclass against its type and its bounds; called in its `__post_init__`.
-
-    Raises ValueError, one line: the field, its value, and what was expected.
-    """
-    for field, kind in zip(dataclasses.fields(config), typing.get_type_hints(type(config)).values(), strict=True):
-        value, how = getattr(config, field.name), field.metadata
+    Raises ValueError, one line: the field, its value, and what was expected."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value, hint = field.name, getattr(config, field.name), hints[field.name]
+        low, high, choices = (field.metadata[key] for key in ("least", "most", "choices"))
         try:
-            value = fit(value, kind)
+            value = fit(value, hint)
         except TypeError:
-            raise ValueError(f"{field.name} is {value!r}, expected {describe(kind)}") from None
-        object.__setattr__(config, field.name, value)
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, (int, float)) and type(item) is not bool:
-                low, high = how.get("least"), how.get("most")
-                if (low is not None and item < low) or (high is not None and item > high):
-                    bounds = f"at least {low}" if high is None else f"{low} to {high}"
-                    raise ValueError(f"{field.name} is {value!r}, expected {bounds}")
-            if how.get("choices") and item is not None and item not in how["choices"]:
-                raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(map(str, how['choices']))}")
+            raise ValueError(f"{name} is {value!r}, expected {describe(hint)}") from None
+        object.__setattr__(config, name, value)
+        for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            if (low is not None and item < low) or (high is not None and item > high):
+                bounds = f"at least {low}" if high is None else f"{low} to {high}"
+                raise ValueError(f"{name} is {value!r}, expected {bounds}")
+            if choices and item not in choices:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def from_json(kind, content: dict, where) -> object:
-    """The settings dataclass `kind` from a JSON object that holds every field and none beside.
-
-    Raises ValueError, one line: `where`, the field, and what was expected.
-    """
+    """The settings dataclass `kind` from a JSON object that holds every field and none beside. Raises ValueError, one
+    line: `where`, the field, and what was expected."""
     names = {field.name for field in dataclasses.fields(kind)}
     for name in sorted(names ^ content.keys()):
         raise ValueError(f"{where}: field {name!r} is {'missing' if name in names else 'unknown'}")
@@ -117,37 +109,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help shows all flags)\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, kind) -> None:
-    """Adds the fields of the settings dataclass `kind` to a parser: a field `save_every` is the flag --save-every;
-    a field without a default comes first, without dashes."""
+def add_flags(parser: argparse.ArgumentParser, kind, **defaults) -> None:
+    """Adds the fields of the settings dataclass `kind` to a parser: a field `save_every` is the flag --save-every, a
+    switch `resume` is --resume and --no-resume; a field without a default comes first, without dashes. defaults: of
+    a preset, in place of the dataclass's."""
     hints = typing.get_type_hints(kind)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for field in dataclasses.fields(kind):
-        how, hint = field.metadata, hints[field.name]
-        hint = next((option for option in typing.get_args(hint) if option is not type(None)), hint) \
-            if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
-        many = typing.get_origin(hint) is tuple
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "" if field.default in (None, dataclasses.MISSING, False, (), "") else f" (default: {default})"
-        more = {"help": (how.get("help", "") + default).replace("%", "%%")}
+        how, hint, flag = field.metadata, options_of(hints[field.name])[0], "--" + field.name.replace("_", "-")
+        default = defaults.get(field.name, field.default)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "" if shown in (None, dataclasses.MISSING, False, "") else f" (default: {shown})"
+        more = {"help": (how["help"] + shown).replace("%", "%%")}
         if hint is bool:
-            more |= {"action": "store_true"}
-        else:
-            more |= {"type": typing.get_args(hint)[0] if many else hint, "metavar": how.get("metavar"),
-                     "choices": how.get("choices"), "nargs": how.get("nargs")}
-            more = {key: value for key, value in more.items() if value is not None}
+            off = f"not {flag}" if default else argparse.SUPPRESS
+            parser.add_argument(flag, action="store_true", default=default, **more)
+            parser.add_argument("--no-" + flag[2:], action="store_false", default=default, dest=field.name, help=off)
+            continue
+        more |= {"type": (*typing.get_args(hint), hint)[0], "choices": how["choices"], **how["more"]}
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, **more)
         else:
-            flags = ["--" + field.name.replace("_", "-"), *how.get("aliases", ())]
-            parser.add_argument(*flags, dest=field.name, default=field.default, **more)
+            parser.add_argument(flag, *how["aliases"], default=default, **more)
 
 
 def parse(kind, arguments: list[str] | None = None, *, program: str | None = None):
-    """Fills the settings dataclass `kind` from the command line; its docstring is the help text.
-
-    An unknown flag and a refused value end in one line and exit code 2.
-    """
+    """Fills the settings dataclass `kind` from the command line; its docstring is the help text. See `build`."""
     parser = Parser(program, description=kind.__doc__.splitlines()[0])
     add_flags(parser, kind)
     return build(kind, parser.parse_args(arguments), parser)
@@ -155,12 +142,12 @@ def parse(kind, arguments: list[str] | None = None, *, program: str | None = Non
 
 def build(kind, values: argparse.Namespace, parser: argparse.ArgumentParser):
     """The settings dataclass `kind` from parsed flags; a refused value ends in one line and exit code 2."""
-    names = [field.name for field in dataclasses.fields(kind)]
+    found = {field.name: getattr(values, field.name) for field in dataclasses.fields(kind)}
     try:
-        return kind(**{name: getattr(values, name) for name in names})
+        return kind(**found)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        parser.error(f"--{name.replace('_', '-')} {rest}" if name in names else str(error))
+        parser.error(f"--{name.replace('_', '-')} {rest}" if name in found else str(error))
 
 
 @contextlib.contextmanager
@@ -183,8 +170,8 @@ def ends_in_one_line(program: str):
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        known = isinstance(error, (ValueError, OSError))
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{program}: {text}" if known else f"{program}: {type(error).__name__}: {text} "
-              "(not foreseen; --debug shows where)", file=sys.stderr)
+        if not isinstance(error, (ValueError, OSError)):
+            text = f"{type(error).__name__}: {text} (not foreseen; --debug shows where)"
+        print(f"{program}: {text}", file=sys.stderr)
         sys.exit(2)

@@ -5,13 +5,12 @@
 
 Shapes: B batch, T tokens, K tokens predicted at each position, (h, w) latent grid, (H, W) pixels.
 """
-import bisect
-import collections
 import contextlib
 import hashlib
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import fingerprint
@@ -58,6 +58,11 @@ def image_ids(tokens: np.ndarray | Tensor, vocabulary: Vocabulary) -> list[int]:
 def size_text(height: int, width: int) -> str:
     """Sec. 3.4, Stage II: the resolution in the caption, in pixels; the format is ours. (64, 128) -> " 64x128"."""
     return f" {height}x{width}"
+
+
+def title_text(title: str) -> str:
+    """Sec. 4.6, Fig. 9: the title as a prompt, on a line of its own; the format is ours. "a cake" -> "a cake\\n"."""
+    return title.strip() + "\n"
 
 
 def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = (), low=None) -> list[int]:
@@ -112,13 +117,9 @@ def joint(title: list[int], steps: list[int], images, vocabulary: Vocabulary, eo
 
 def collate(sequences: list[Sequence], padding: int) -> tuple[Tensor, Tensor]:
     """Not in the paper: sequences -> tokens (B, T) int64, padded at the right, and is_target (B, T) bool."""
-    T = max(len(sequence.tokens) for sequence in sequences)
-    tokens = torch.full((len(sequences), T), padding)
-    is_target = torch.zeros((len(sequences), T), dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, :len(sequence.tokens)] = torch.tensor(sequence.tokens)
-        is_target[row, :len(sequence.tokens)] = torch.tensor(sequence.is_target)
-    return tokens, is_target
+    tokens, is_target = ([torch.tensor(getattr(sequence, name)) for sequence in sequences]
+                         for name in ("tokens", "is_target"))
+    return pad_sequence(tokens, True, padding), pad_sequence(is_target, True, False)
 
 
 def targets_of(tokens: Tensor, is_target: Tensor, vocabulary: Vocabulary, k: int = 1,
@@ -147,9 +148,11 @@ def targets_of(tokens: Tensor, is_target: Tensor, vocabulary: Vocabulary, k: int
 # ----------------------------------------------------------------------------- images are encoded once
 
 SHARD = 4096                          # images in one file of image tokens
-FILTERS = ("side", "ratio", "clip_score", "aesthetic")
+SHARD_NAME = "{:09d}.safetensors"     # with the number of its first image
 AT_ONCE = 64                          # images that a process encodes between two exchanges with the others
 PIXELS = 64 * 256 ** 2                # that the image tokenizer works on at a time, whatever the size of the images
+FILTERS = ("side", "ratio", "clip_score", "aesthetic")
+NO_TOKENS = np.zeros((0, 0), int)     # the image tokens of an image that is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,29 +166,23 @@ class Filters:
     def __post_init__(self):
         check(self)
 
-    def why_skipped(self, image: Image.Image, facts: dict) -> str | None:
-        """Why an image is left out, one of FILTERS; None: it stays. An unknown score is not held against it."""
-        if min(image.size) < self.min_side:
-            return "side"
-        if max(image.size) > self.max_ratio * min(image.size):
-            return "ratio"
-        if facts.get("clip_score", math.inf) < self.min_clip_score:
-            return "clip_score"
-        if facts.get("aesthetic", math.inf) < self.min_aesthetic:
-            return "aesthetic"
+    def why_skipped(self, image: Image.Image, facts: dict) -> str:
+        """Why an image is left out, one of FILTERS; "": it stays. An unknown score is not held against it."""
+        passed = (min(image.size) >= self.min_side, max(image.size) <= self.max_ratio * min(image.size),
+                  facts.get("clip_score", math.inf) >= self.min_clip_score,
+                  facts.get("aesthetic", math.inf) >= self.min_aesthetic)
+        return "" if all(passed) else FILTERS[passed.index(False)]
 
 
 @torch.no_grad()
 def encode_each(vqgan: VQGAN, images: list[Tensor]) -> list[Tensor]:
     """Sec. 3.3: pixels (3, H, W) of any sizes -> image tokens (h, w) each, on the CPU. A batch has one size."""
-    device, tokens = next(vqgan.parameters()).device, [None] * len(images)
-    for shape in dict.fromkeys(pixels.shape for pixels in images):
+    device, found = next(vqgan.parameters()).device, {}
+    for shape in {pixels.shape for pixels in images}:
         rows = [i for i, pixels in enumerate(images) if pixels.shape == shape]
-        at_once = max(1, PIXELS // (shape[1] * shape[2]))
-        for part in (rows[start:start + at_once] for start in range(0, len(rows), at_once)):
-            for i, found in zip(part, vqgan.encode(torch.stack([images[i] for i in part]).to(device)).cpu()):
-                tokens[i] = found
-    return tokens
+        parts = torch.stack([images[i] for i in rows]).split(max(1, PIXELS // (shape[1] * shape[2])))
+        found |= zip(rows, torch.cat([vqgan.encode(part.to(device)).cpu() for part in parts]))
+    return [found[i] for i in range(len(images))]
 
 
 @torch.no_grad()
@@ -201,22 +198,17 @@ class EncodedImages(Captioned):
     header. Raises ValueError, one line, for a shard that is damaged, missing or of another run."""
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory, self.records, self.shapes, self.starts = Path(directory), [], [], []
         label = read_json(self.directory / "encoded.json")
         self.made_by, stamps = label.get("made_by"), label.get("stamps")
         if not isinstance(stamps, list) or not isinstance(self.made_by, dict) or type(self.made_by.get("V")) is not int:
             raise ValueError(f"{self.directory / 'encoded.json'}: not what `data.py encode` writes; encode again")
-        self.shards, self.starts, self.records, self.shapes, self.offsets = [], [], [], [], []
         for stamp in stamps:
-            path = shard_path(self.directory, len(self.records))
-            shard, header, shapes = open_shard(path)
-            if header.get("stamp") != stamp:
-                raise ValueError(f"{path}: a shard of another run than encoded.json tells of; encode again")
-            self.starts.append(len(self.records))
-            self.shards.append(shard)
+            shard, header, shapes = open_shard(self.directory / SHARD_NAME.format(len(self.records)), stamp)
             self.records += header["records"]
             self.shapes += shapes.tolist()
-            self.offsets += [0, *shapes.prod(axis=1).cumsum()[:-1].tolist()]
+            ends = shapes.prod(axis=1).cumsum().tolist()
+            self.starts += [(shard, start) for start in (0, *ends[:-1])]
         self.valid = [i for i, shape in enumerate(self.shapes) if shape[0]]            # those that were not left out
 
     def image(self, i: int):
@@ -225,7 +217,7 @@ class EncodedImages(Captioned):
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Image tokens (h, w) of image i. Raises ValueError for tokens that no codebook entry belongs to."""
-        (h, w), start, shard = self.shapes[i], self.offsets[i], self.shards[bisect.bisect_right(self.starts, i) - 1]
+        (shard, start), (h, w) = self.starts[i], self.shapes[i]
         tokens = shard.get_slice("tokens")[start:start + h * w].reshape(h, w)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.made_by["V"]:
             raise ValueError(f"{self.directory}: {self.name(i)} has tokens from {tokens.min()} to {tokens.max()}, "
@@ -238,35 +230,30 @@ def open_dataset(directory: str | Path) -> Dataset | EncodedImages:
     return EncodedImages(directory) if (Path(directory) / "encoded.json").is_file() else Dataset(directory)
 
 
-def shard_path(directory: Path, first: int) -> Path:
-    """Not in the paper: the file of the shard that starts with image `first`."""
-    return directory / f"{first:09d}.safetensors"
-
-
-def open_shard(path: Path) -> tuple:
+def open_shard(path: Path, stamp: str) -> tuple:
     """Not in the paper: a shard, its header {"stamp", "skipped", "records"}, and the shapes (n, 2) of its image tokens.
-    Raises ValueError, one line, for a shard that is not whole."""
+    Raises ValueError, one line, for a shard that is not whole, or of another stamp."""
     try:
         shard = safe_open(check_regular(path), "np")
         header, shapes = json.loads(shard.metadata()["header"]), shard.get_tensor("shapes").astype(np.int64)
-        header["records"] = [make_record(record["name"], record["captions"], record["facts"], str(path))
-                             for record in header["records"]]
+        header["records"] = [make_record(**record, where=path) for record in header["records"]]
         tokens = shard.get_slice("tokens")
         fits = shapes.shape == (len(header["records"]), 2) and shapes.min() >= 0 and tokens.get_dtype()[0] in "IU"
         if not fits or tokens.get_shape() != [shapes.prod(axis=1).sum()]:
             raise ValueError("its shapes do not fit its tokens")
+        if header["stamp"] != stamp:
+            raise ValueError("a shard of another run than encoded.json tells of")
         return shard, header, shapes
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole shard of encoded images ({first_line(error)}); encode again") from None
+        raise ValueError(f"{path}: not a whole shard of these images ({first_line(error)}); encode again") from None
 
 
 def encode(dataset: Dataset | EncodedImages, vqgan: VQGAN, resize: Resize, out: Path,
            ranks: Distributed = Distributed(), filters: Filters = Filters(), skip_bad: bool = False) -> EncodedImages:
     """Sec. 3.3: every image as image tokens (h, w), in shards in `out`; each process encodes its part of each shard.
 
-    A shard that is there already stays if it was made of the same images, captions, sizes and image tokenizer. Raises
-    ValueError, one line, at the first image that cannot be read; skip_bad: leaves it out. What is left out, and what
-    has no caption, is counted, and listed in encoded.json.
+    A shard that is there already stays if it was made of the same images, captions, sizes and image tokenizer. An image
+    that cannot be read raises ValueError, one line; skip_bad: it is left out, counted, and listed in encoded.json.
     """
     made_by = {"image_tokenizer": fingerprint(vqgan), "V": vqgan.config.num_embeddings, **asdict(resize)}
     if isinstance(dataset, EncodedImages):
@@ -276,21 +263,26 @@ def encode(dataset: Dataset | EncodedImages, vqgan: VQGAN, resize: Resize, out: 
     if out.resolve() == dataset.directory.resolve():
         raise ValueError(f"{out} holds the images themselves, expected another folder for their tokens")
     made_by |= {field.name: getattr(filters, field.name) for field in fields(Filters)}
+    kind = np.uint16 if made_by["V"] <= 2 ** 16 else np.int32
     stamps, skipped, each = [], [], AT_ONCE * ranks.world_size
     with tqdm(total=len(dataset), desc="encoding images", unit="image", disable=not ranks.is_main) as bar:
         for first in range(0, len(dataset), SHARD):
-            rows, path = list(range(first, min(first + SHARD, len(dataset)))), shard_path(out, first)
+            rows, path = range(len(dataset))[first:first + SHARD], out / SHARD_NAME.format(first)
             stamps.append(hashlib.sha256(json.dumps([made_by, *map(dataset.stamp, rows)]).encode()).hexdigest())
             left_out = skipped_before(path, stamps[-1], skip_bad)
             if ranks.all_reduce_sum(left_out is None):                         # for any process: all encode it again
                 found = []
-                for part in (rows[start:start + each] for start in range(0, len(rows), each)):
-                    found += ranks.all_gather(encode_rows(dataset, ranks.shard(part), vqgan, resize, filters, skip_bad))
-                    bar.update(len(part))
-                left_out = [[dataset.name(i), why] for i, why in zip(rows, found) if isinstance(why, str)]
+                for start in range(0, len(rows), each):
+                    mine = ranks.shard(rows[start:start + each])
+                    found += ranks.all_gather(encode_rows(dataset, mine, vqgan, resize, filters, skip_bad))
+                    bar.update(min(each, len(rows) - start))
+                left_out = [[dataset.name(i), why] for i, (_, why) in zip(rows, found) if why]
+                header = {"stamp": stamps[-1], "skipped": left_out, "records": dataset.records[first:first + SHARD]}
+                arrays = {"tokens": np.concatenate([tokens.flatten() for tokens, _ in found]).astype(kind),
+                          "shapes": np.array([tokens.shape for tokens, _ in found], np.int32)}
                 if ranks.is_main:
-                    records = [dataset.records[i] for i in rows]
-                    write_shard(path, found, made_by["V"], stamp=stamps[-1], skipped=left_out, records=records)
+                    metadata = {"header": json.dumps(header, ensure_ascii=False)}
+                    atomic_write(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
             skipped += left_out
     if ranks.is_main:
         bare = [dataset.name(i) for i in range(len(dataset)) if not dataset.captions(i)]
@@ -305,39 +297,29 @@ def encode(dataset: Dataset | EncodedImages, vqgan: VQGAN, resize: Resize, out: 
 def skipped_before(path: Path, stamp: str, skip_bad: bool) -> list | None:
     """Not in the paper: (name, why) of each image that a shard left out; None where it must be made, or made again."""
     try:
-        _, header, _ = open_shard(path)
+        _, header, _ = open_shard(path, stamp)
     except ValueError:
         return None
     unreadable = any(why not in FILTERS for _, why in header["skipped"])
-    return header["skipped"] if header.get("stamp") == stamp and (skip_bad or not unreadable) else None
+    return None if unreadable and not skip_bad else header["skipped"]
 
 
 def encode_rows(dataset: Dataset, rows: list[int], vqgan: VQGAN, resize: Resize, filters: Filters,
-                skip_bad: bool) -> list[np.ndarray | str]:
-    """Sec. 3.3: images of a dataset -> image tokens (h, w) of each, or why it is left out."""
-    found, pixels = {}, {}
+                skip_bad: bool) -> list[tuple[np.ndarray, str]]:
+    """Sec. 3.3: images of a dataset -> image tokens (h, w) of each, and why it is left out, or ""."""
+    pixels, why = {}, {}
     for i in rows:
         try:
             image = dataset.image(i)
-            found[i] = filters.why_skipped(image, dataset.facts(i))
-            if not found[i]:
+            why[i] = filters.why_skipped(image, dataset.facts(i))
+            if not why[i]:
                 pixels[i] = to_pixels(resize_and_crop(image, *resize.size(image, vqgan.factor)))
         except ValueError as error:
             if not skip_bad:
                 raise
-            found[i] = str(error)
-    found |= {i: tokens.numpy() for i, tokens in zip(pixels, encode_each(vqgan, list(pixels.values())))}
-    return [found[i] for i in rows]
-
-
-def write_shard(path: Path, found: list[np.ndarray | str], V: int, **header) -> None:
-    """Not in the paper: image tokens of each image, or why it is left out -> one safetensors file."""
-    kind = np.uint16 if V <= 2 ** 16 else np.int32
-    kept = [tokens for tokens in found if not isinstance(tokens, str)]
-    arrays = {"tokens": np.concatenate([np.zeros(0, kind), *(tokens.flatten().astype(kind) for tokens in kept)]),
-              "shapes": np.array([(0, 0) if isinstance(tokens, str) else tokens.shape for tokens in found], np.int32)}
-    metadata = {"header": json.dumps(header, ensure_ascii=False)}
-    atomic_write(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
+            why[i] = str(error)
+    tokens = dict(zip(pixels, encode_each(vqgan, list(pixels.values()))))
+    return [(tokens[i].numpy() if i in tokens else NO_TOKENS, why[i]) for i in rows]
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -356,25 +338,20 @@ class EncodeConfig(Filters):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Shows what was encoded: a grid of decoded images, and their captions."""
+    """Shows what was encoded: 16 images at random, decoded, and their captions."""
     tokens: Path = setting(help="the folder that `encode` wrote")
-    num: int = setting(16, "how many, at random", least=1, most=10_000)
     out: Path = setting(Path("inspect.png"), "the image to write", aliases=("-o",))
     weights: Path = setting(Path("weights/emoji"), "the image tokenizer, or a model with one")
-    seed: int = setting(0, "of the choice")
-
-    def __post_init__(self):
-        check(self)
 
 
 def inspect(c: InspectConfig) -> None:
-    """Not in the paper: writes a grid of images decoded from their tokens, and prints their captions: errors show."""
+    """Not in the paper: writes images decoded from their tokens, and prints their captions: errors show."""
     encoded, vqgan = EncodedImages(c.tokens), VQGAN.from_pretrained(c.weights)
     if fingerprint(vqgan) != encoded.made_by.get("image_tokenizer"):
         raise ValueError(f"{c.tokens}: encoded by another image tokenizer than that of {c.weights}")
     if not encoded.valid:
         raise ValueError(f"{c.tokens}: no image in it was encoded, encoded.json says why")
-    chosen = random.Random(c.seed).sample(encoded.valid, min(c.num, len(encoded.valid)))
+    chosen = random.Random(0).sample(encoded.valid, min(16, len(encoded.valid)))
     images = [decode_each(vqgan, torch.from_numpy(encoded[i].astype(np.int64))[None])[0] for i in chosen]
     save_image(enlarge(grid(images)), c.out)
     for i in chosen:
@@ -398,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         with lock(c.out) if ranks.is_main else contextlib.nullcontext():
             encoded = encode(Dataset(c.data), vqgan, resize, c.out, ranks, filters=c, skip_bad=c.skip_bad)
         if ranks.is_main:
-            sizes = collections.Counter(f"{h} x {w}" for h, w in map(encoded.shapes.__getitem__, encoded.valid))
+            sizes = Counter(f"{h} x {w}" for h, w in map(encoded.shapes.__getitem__, encoded.valid))
             print(f"wrote {c.out}: {len(encoded.valid)} images; tokens: "
                   + ", ".join(f"{n} of {size}" for size, n in sizes.items()))
         cleanup()

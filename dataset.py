@@ -3,18 +3,20 @@
     metadata.jsonl with cat.jpg, dog.png ...          one line an image, {"file_name": "cat.jpg", "text": "a cat"}
     0000.tar, 0001.tar ...                            WebDataset: 0.jpg, 0.txt, 1.jpg, 1.txt ... in each
     cat.jpg, cat.txt, dog.png, dog.json ...           what `tar -xf` makes of those
+
+What is missing, malformed or outside the folder raises ValueError, one line with file and line number.
 """
 import functools
-import json
 import tarfile
 import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 from PIL import Image
 
-from files import check_regular, first_line, read_text
+from files import check_regular, decode_json, decode_text, first_line, read_text
 from images import open_image
 from tokenizer import normalize
 
@@ -43,90 +45,97 @@ class Captioned:
         return self.records[i]["facts"]
 
 
-def make_record(name: str, texts, facts: dict, where: str) -> dict:
-    """Sec. 3.5: what is known of one image: name and captions in Unicode's NFC, and facts. texts: a string, or a list.
+def make_record(name: str, captions, facts: dict, where) -> dict:
+    """Sec. 3.5: what is known of one image: name and captions in Unicode's NFC, and facts. captions: a text or a list.
 
         "cat.jpg", ["a cat ", ""], {"weight": 2}  ->  {"name": "cat.jpg", "captions": ["a cat"], "facts": {"weight": 2}}
 
-    Raises ValueError, one line that starts with `where`, for values of another kind.
+    where: what errors start with.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise ValueError(f'{where}: "text" must be a string or a list of strings')
     for key in ("clip_score", "aesthetic", "weight"):
-        value = facts.get(key, 1.0)
-        if type(value) not in (int, float) or not abs(value) < 1e30 or (key == "weight" and value <= 0):
-            raise ValueError(f'{where}: "{key}" is {value!r}, expected a finite number'
-                             + (" above 0" if key == "weight" else ""))
+        value, above = facts.get(key, 1.0), " above 0" if key == "weight" else ""
+        if type(value) not in (int, float) or not abs(value) < 1e30 or (above and value <= 0):
+            raise ValueError(f'{where}: "{key}" is {value!r}, expected a finite number{above}')
     if not isinstance(facts.get("split", ""), str):
         raise ValueError(f'{where}: "split" is {facts["split"]!r}, expected a text, such as "train"')
     try:
-        captions = [normalize(text).strip() for text in texts if text.strip()]
+        captions = [normalize(text).strip() for text in captions if text.strip()]
         return {"name": normalize(name), "captions": captions, "facts": facts}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-class Dataset(Captioned):
-    """Sec. 3.5: a folder of images with captions, in the first of the three forms above that it holds.
+class Place(NamedTuple):
+    """Not in the paper: where the bytes of an image or a text are: a file, or a part of a tar."""
+    path: Path
+    name: str                     # in the folder, or in the tar
+    offset: int = 0
+    size: int = -1                # -1: to the end of the file
 
-    "text" may also be a list to draw from, or "" for an image without a caption. Raises ValueError, one line with file
-    and line number, for what is damaged or leaves the folder.
-    """
+    def __str__(self) -> str:
+        return str(self.path) if self.size < 0 else f"{self.path}, {self.name}"
+
+    def read(self) -> bytes:
+        """The bytes."""
+        with check_regular(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Dataset(Captioned):
+    """Sec. 3.5: a folder of images with captions, in the first of the three forms above that it holds. "text" may also
+    be a list to draw from, or "" for an image without a caption."""
 
     def __init__(self, directory: str | Path):
-        self.directory, self.records, self.places = Path(directory), [], []   # place: (path, offset, size) of the bytes
+        self.directory, self.records, self.places = Path(directory), [], []
         if not self.directory.is_dir():
             raise ValueError(f"{directory}: no such folder; expected one with images and metadata.jsonl")
-        names = sorted(path.name for path in self.directory.iterdir() if not path.name.startswith("._"))    # of macOS
-        tars = [name for name in names if name.endswith(".tar")]
+        names = sorted(path.name for path in self.directory.iterdir())
         if "metadata.jsonl" in names:
-            for where, facts in json_lines(self._path("metadata.jsonl")):
+            for where, facts in json_lines(self.directory, "metadata.jsonl"):
                 name, texts = facts.pop("file_name", None), facts.pop("text", None)
                 if not isinstance(name, str):
                     raise ValueError(f'{where}: expected an object with "file_name" and "text"')
-                self.places.append((inside(self.directory, name, where), 0, -1))
+                self.places.append(Place(inside(self.directory, name, where), name))
                 self.records.append(make_record(name, texts, facts, where))
-        elif tars:
+        elif tars := [name for name in names if suffix(name) == "tar"]:
             for name in tars:
-                self._pair(list(read_tar(self._path(name))))
+                self._pair(list(read_tar(inside(self.directory, name, directory))))
         else:
-            self._pair([(name, (self._path(name), 0, -1)) for name in names if suffix(name) in IMAGES + TEXTS])
+            self._pair([Place(inside(self.directory, name, directory), name) for name in names
+                        if suffix(name) in IMAGES + TEXTS])
         if not self.records:
             raise ValueError(f"{directory}: no image in it; expected metadata.jsonl with a line an image, "
                              '{"file_name": "cat.jpg", "text": "a cat"}, or tars, or images and text files')
 
-    def _path(self, name: str) -> Path:
-        """A file of the folder itself."""
-        return inside(self.directory, name, str(self.directory))
-
-    def _pair(self, members: list[tuple[str, tuple]]) -> None:
+    def _pair(self, places: list[Place]) -> None:
         """WebDataset's convention. The captions of 0.left.jpg stand in 0.left.txt, or else in 0.txt."""
-        texts = {}
-        for name, place in members:
-            if suffix(name) in TEXTS:
-                texts.setdefault(normalize(name.rpartition(".")[0]), {})[suffix(name)] = (name, place)
-        for name, place in members:
-            if suffix(name) in IMAGES:
-                folder, slash, base = normalize(name).rpartition("/")
+        texts = defaultdict(dict)
+        for place in places:
+            if suffix(place.name) in TEXTS:
+                texts[normalize(place.name.rpartition(".")[0])][suffix(place.name)] = place
+        for place in places:
+            if suffix(place.name) in IMAGES:
+                folder, slash, base = normalize(place.name).rpartition("/")
                 stems = [folder + slash + base.rpartition(".")[0], folder + slash + base.partition(".")[0]]
-                found = next((texts[stem] for stem in stems if stem in texts), {})
-                found = {kind: read_caption(*member) for kind, member in found.items()}
-                facts, where = found.get("json", {}), f"{place[0]}, {name}"
+                own = next((texts[stem] for stem in stems if stem in texts), {})
+                found = {kind: decode_text(text.read(), text) for kind, text in own.items()}
+                facts = decode_json(found["json"], own["json"]) if "json" in found else {}
                 caption = found.get("txt") or found.get("caption") or facts.get("caption") or facts.get("text") or ""
                 self.places.append(place)
-                self.records.append(make_record(name, caption, facts, where))
+                self.records.append(make_record(place.name, caption, facts, place))
 
     def image(self, i: int) -> Image.Image:
-        """Image i, RGB. Raises ValueError, one line, where the file is broken."""
-        place = self.places[i]
-        return open_image(place[0] if place[2] < 0 else f"{place[0]}, {self.name(i)}", read_bytes(place))
+        """Image i, RGB."""
+        return open_image(self.places[i], self.places[i].read())
 
     def stamp(self, i: int) -> list:
         """Changes when image i, its captions or its facts change; its pixels count by size and time of their file."""
-        path, offset, _ = self.places[i]
-        stat = path.stat()
-        return [self.records[i], offset, stat.st_size, stat.st_mtime_ns]
+        stat = self.places[i].path.stat()
+        return [self.records[i], self.places[i].offset, stat.st_size, stat.st_mtime_ns]
 
 
 # ----------------------------------------------------------------------------- the files of a folder
@@ -137,28 +146,21 @@ def suffix(name: str) -> str:
     return "" if base.startswith("._") else base.rpartition(".")[2].lower()
 
 
-def inside(directory: Path, name: str, where: str) -> Path:
-    """Not in the paper: the regular file `name` inside a folder, whatever Unicode form its name has on disk.
-
-    Raises ValueError, one line, for a path that leaves the folder, by "..", an absolute path or a link, and for what is
-    no regular file, such as a FIFO, which could be waited for without end.
-    """
-    path = Path(directory)
+def inside(directory: Path, name: str, where) -> Path:
+    """Not in the paper: the regular file `name` of a folder, whatever Unicode form its name has on disk. It may not
+    leave the folder, by "..", an absolute path or a link. where: what errors start with."""
+    path = directory
     try:
         for part in Path(name).parts:
             child = path / part
             if not child.exists() and path.is_dir():
                 child = _names(path, path.stat().st_mtime_ns).get(unicodedata.normalize("NFC", part), child)
             path = child
-        leaves = not path.resolve().is_relative_to(directory.resolve())
-        kind = "" if path.is_file() else "not a regular file" if path.exists() else "no such file"
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise ValueError(f"it leaves the folder {directory}")
+        return check_regular(path)
     except (OSError, ValueError, RuntimeError) as error:           # a name too long, with a NUL, or links in a circle
-        raise ValueError(f"{where}: {name[:80]!r} is no name of a file ({error})") from None
-    if leaves:
-        raise ValueError(f"{where}: {name!r} leaves the folder {directory}")
-    if kind:
-        raise ValueError(f"{where}: {path}: {kind}")
-    return path
+        raise ValueError(f"{where}: {name[:80]!r} cannot be read ({error})") from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -167,58 +169,29 @@ def _names(folder: Path, changed: int) -> dict[str, Path]:
     return {unicodedata.normalize("NFC", path.name): path for path in folder.iterdir()}
 
 
-def read_tar(tar: Path) -> Iterator[tuple[str, tuple]]:
-    """Not in the paper: (name, place) of each image and text in a tar. Raises ValueError, one line, for a tar that is
-    cut, damaged or packed, and for links in it."""
+def read_tar(tar: Path) -> Iterator[Place]:
+    """Not in the paper: each image and text in a tar, which may not be packed, and may not hold links."""
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:
                 if suffix(member.name) in IMAGES + TEXTS and not member.isdir():
                     if not member.isreg() or member.issparse():
                         raise tarfile.TarError(f"{member.name} is a link or no regular file")
-                    yield member.name, (tar, member.offset_data, member.size)
-        rest = read_bytes((tar, file.offset, 2 ** 20))       # tarfile takes a damaged header for the end
+                    yield Place(tar, member.name, member.offset_data, member.size)
+        rest = Place(tar, "", file.offset, 2 ** 20).read()       # tarfile takes a damaged header for the end
         if not rest or any(rest):
             raise tarfile.TarError("it is cut or damaged")
-    except Exception as error:                               # a damaged header may end in any error
+    except Exception as error:                                   # a damaged header may end in any error
         raise ValueError(f"{tar}: not a whole, unpacked tar of images and captions ({first_line(error)})") from None
 
 
-def read_bytes(place: tuple) -> bytes:
-    """Not in the paper: what stands at a place (path, offset, size); size -1: to the end of the file."""
-    path, offset, size = place
-    with check_regular(path).open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def read_caption(name: str, place: tuple) -> str | dict:
-    """Not in the paper: a text file, or a JSON object, of a folder or a tar. Raises ValueError, one line."""
-    is_json = suffix(name) == "json"
-    try:
-        text = read_bytes(place).decode("utf-8-sig")
-        content = json.loads(text) if is_json else text
-    except UnicodeDecodeError:
-        raise ValueError(f"{place[0]}, {name}: not UTF-8, expected a text in UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place[0]}, {name}: not JSON ({error})") from None
-    if is_json and not isinstance(content, dict):
-        raise ValueError(f"{place[0]}, {name}: expected a JSON object with a caption")
-    return content
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Not in the paper: ("FILE, line 1", object) of each line of a JSON lines file. Raises ValueError, one line."""
+def json_lines(directory: Path, name: str) -> Iterator[tuple[str, dict]]:
+    """Not in the paper: ("FILE, line 1", object) of each line of a JSON lines file in a folder."""
+    path = inside(directory, name, directory)
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if not isinstance(content, dict):
-                raise ValueError(f"{where}: expected a JSON object, found {type(content).__name__}")
-            yield where, content
+            yield where, decode_json(line, where)
 
 
 # ----------------------------------------------------------------------------- recipes
@@ -238,10 +211,10 @@ class Recipe:
 
 
 def open_recipes(directory: str | Path) -> list[Recipe]:
-    """Sec. 4.6: `recipes.jsonl` of a dataset, {"title": "how to make a cake", "steps": ["1. ..."], "images": ["0.png"]}
-    a line. Raises ValueError, one line with file and line number, for any other."""
+    """Sec. 4.6: `recipes.jsonl` of a dataset, a line each: {"title": "how to make a cake", "steps": ["1. egg"],
+    "images": ["egg.png"]}."""
     recipes = []
-    for where, facts in json_lines(inside(Path(directory), "recipes.jsonl", str(directory))):
+    for where, facts in json_lines(Path(directory), "recipes.jsonl"):
         title, steps, images = (facts.pop(name, None) for name in ("title", "steps", "images"))
         lists = isinstance(steps, list) and isinstance(images, list) and len(steps) == len(images) > 0
         if not lists or not all(isinstance(text, str) for text in [title, *steps, *images]):

@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoint import check_shapes
+from files import first_line
 
 PATIENCE = datetime.timedelta(minutes=10)             # after which a process that waits for another gives up
 
@@ -38,15 +40,6 @@ class Distributed:
         """The rows of this process, every `world_size`-th."""
         return rows[self.rank::self.world_size]
 
-    def all_reduce_sum(self, number: float) -> float:
-        """The number summed over the processes, on every one."""
-        if self.world_size == 1:
-            return number
-        total = torch.tensor(number, dtype=torch.float64 if self.device.type == "cpu" else torch.float32,
-                             device=self.device)
-        dist.all_reduce(total)
-        return total.item()
-
     def all_gather(self, rows: list) -> list:
         """Undoes `shard`: the rows of all processes in their order, on every one."""
         if self.world_size == 1:
@@ -55,51 +48,48 @@ class Distributed:
         dist.all_gather_object(parts, rows)
         return [parts[i % self.world_size][i // self.world_size] for i in range(sum(map(len, parts)))]
 
+    def all_reduce_sum(self, number: float) -> float:
+        """The number summed over the processes, the same on every one."""
+        return sum(self.all_gather([number]))
+
     def barrier(self) -> None:
         """Waits until all processes are here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-
-def tune_malloc() -> None:
-    """Not in the paper: glibc gives blocks over 32 MB back to the system when they are freed, and the kernel clears
-    them again for the next tensor, which can take as long as the computation. This tells glibc to keep them."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    for option, size in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-        mallopt(option, size)
+        self.all_gather([])
 
 
 def check_device(name: str) -> str:
-    """The name itself. Raises ValueError, one line, for a device that is not there."""
+    """The name itself. Raises ValueError, one line, for a device that is not there.
+
+    On a CPU, glibc is told to keep freed memory. Blocks over 32 MB it would give back to the system, and the kernel
+    clears them again for the next tensor, which can take as long as the computation.
+    """
     if name.startswith("cpu"):
-        tune_malloc()
+        with contextlib.suppress(AttributeError, OSError, TypeError):                  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            for option, size in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):           # M_TRIM_THRESHOLD, M_TOP_PAD,
+                mallopt(option, size)                                                  # M_MMAP_THRESHOLD
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name!r}: {first_line(error).partition('. ')[0]}") from None
     return name
 
 
 def init(device: str) -> Distributed:
     """Joins the processes that torchrun started: NCCL between GPUs, gloo between CPUs. Raises ValueError, one line,
     for a device that is not there."""
-    check_device(device)
+    place = torch.device(check_device(device))
     if "RANK" not in os.environ:
-        return Distributed(device=torch.device(device))
-    place = torch.device(device)
+        return Distributed(device=place)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    if not dist.is_initialized():
-        # torchrun --max-restarts keeps its store: a dead attempt's keys must not be read by the next one
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=PATIENCE)
-    return Distributed(dist.get_rank(), dist.get_world_size(), place)
+    # torchrun --max-restarts keeps its store: a dead attempt's keys must not be read by the next one
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+                            timeout=PATIENCE)
+    return Distributed(rank, world_size, place)
 
 
 def cleanup() -> None:
@@ -111,12 +101,14 @@ def cleanup() -> None:
 @contextlib.contextmanager
 def bad_input_is_final():
     """Bad input ends torchrun too: --max-restarts would only have it refused again. torchrun has no exit code for that,
-    but stops when it is signalled. A process that loses another one ends by a RuntimeError, and is started again."""
+    and ends with a traceback and code 1 like after any failure, but it stops when it is signalled. A process that loses
+    another one ends by a RuntimeError, and is started again."""
     try:
         yield
     except SystemExit as end:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if end.code == 2 and restarts and not isinstance(end.__context__, RuntimeError):
+            print("this is not tried again; what follows is torchrun's own", file=sys.stderr, flush=True)
             os.kill(os.getppid(), signal.SIGTERM)
         raise
 
@@ -124,10 +116,8 @@ def bad_input_is_final():
 # ----------------------------------------------------------------------------- a model over processes
 
 def parallelize(model: nn.Module, ranks: Distributed, shard: bool = False, bf16: bool = False) -> nn.Module:
-    """The model to call in training: itself, under DDP, or sharded block by block (ZeRO-3).
-
-    bf16: when sharded, matrices multiply in bfloat16 while weights stay float32; else autocast does that.
-    """
+    """The model to call in training: itself, under DDP, or sharded block by block (ZeRO-3). bf16: when sharded,
+    matrices multiply in bfloat16 while weights stay float32; else autocast does that."""
     if shard:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
@@ -148,11 +138,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def full_state(model: nn.Module, optimizer=None, trained_only: bool = False) -> dict:
-    """The tensors of a model, and of its optimiser, by the names of parameters: {"model": ..., "optimizer": ...}.
-
-    They are what one process would hold, whatever the number of processes; only the main one gets them, on the CPU.
-    trained_only: leaves out what is frozen.
-    """
+    """The tensors of a model and of its optimiser, {"model": ..., "optimizer": ...}, by the names of parameters, as one
+    process would hold them. Only the main process gets them, on the CPU. trained_only: leaves out what is frozen."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     state = {"model": get_model_state_dict(model, options=options)}
@@ -165,9 +152,15 @@ def load_full_state(model: nn.Module, optimizer, state: dict, where: Path, train
     """Undoes `full_state`, on every process. Raises ValueError, one line, for a model of other names or shapes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
     frozen = {name for name, p in model.named_parameters() if trained_only and not p.requires_grad}
-    shapes = lambda tensors: {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in tensors.items()
-                              if name not in frozen}
-    check_shapes(where, shapes(model.state_dict()), shapes(state["model"]))
+    wanted = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in model.state_dict().items()
+              if name not in frozen}
+    try:
+        found = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
+        moments = {name: tuple(each["exp_avg"].shape) for name, each in state["optimizer"]["state"].items()}
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(f"{where}: its checkpoint is not one of train.py") from None
+    check_shapes(where, wanted, found)
+    check_shapes(where, {name: wanted.get(name) for name in moments}, moments)
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, state["model"], options=options)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

@@ -27,7 +27,7 @@ from data import decode_each, encode_each
 from dataset import Dataset, open_recipes
 from distributed import check_device
 from files import read_text, write_json
-from generate import BATCH, Pipeline
+from generate import Pipeline, in_batches
 from images import psnr, resize_and_crop, to_pixels
 from judge import Judge, choose, language_of, plain, questions, rows_of, split_of, table
 from sampling import GREEDY, Sampling, generate_text
@@ -55,16 +55,9 @@ class EvaluateConfig(Sampling):
             raise ValueError("guidance and --best-of do nothing with --recipes")
 
 
-def in_batches(what: str, make, count: int) -> list:
-    """make(rows), a list, for 64 rows of range(count) at a time, with a progress bar."""
-    starts = tqdm(range(0, count, BATCH), desc=what, unit="batch")
-    return [item for start in starts for item in make(range(start, min(start + BATCH, count)))]
-
-
 def draw(pipeline: Pipeline, texts: list[str], c: EvaluateConfig, size: tuple[int, int]) -> list[Image.Image]:
     """An image of `size` for each prompt, with the seeds S, S + 1, ..."""
-    return in_batches("drawing", lambda rows: pipeline.text_to_image(
-        [texts[i] for i in rows], c, seeds=[c.seed + i for i in rows], size=size, best_of=c.best_of), len(texts))
+    return pipeline.text_to_image(texts, c, range(c.seed, c.seed + len(texts)), size=size, best_of=c.best_of)
 
 
 # ----------------------------------------------------------------------------- the tasks
@@ -89,25 +82,21 @@ def reading(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
     PSNR in dB, and top-1, of reconstructions, which no drawn image can exceed; usage of the codebook; a caption is
     exact if it is any text of its image.
     """
-    pools, size, used = defaultdict(list), pipeline.sizes[0], set()
+    pools = defaultdict(list)
     for i in range(len(judge.dataset)):
         pools[split_of(judge.dataset.facts(i)),].append(i)
     chosen = choose(pools, c.prompts, c.seed)
-
-    def make(rows) -> list[tuple[str, Image.Image, float]]:
-        images = [resize_and_crop(judge.dataset.image(chosen[row][1]), *size) for row in rows]
-        tokens = torch.stack(encode_each(pipeline.vqgan, [to_pixels(image) for image in images]))
-        used.update(tokens.unique().tolist())
-        restored = decode_each(pipeline.vqgan, tokens)
-        return list(zip(pipeline.caption_images(images, c.best_of, c.seed), restored, map(psnr, restored, images)))
-    texts, restored, decibels = zip(*in_batches("captions and reconstructions", make, len(chosen)))
+    images = [resize_and_crop(judge.dataset.image(i), *pipeline.sizes[0]) for _, i in chosen]
+    tokens = torch.stack(encode_each(pipeline.vqgan, [to_pixels(image) for image in images]))
+    restored, texts = decode_each(pipeline.vqgan, tokens), pipeline.caption_images(images, c.best_of, c.seed)
     exact = judge.correct(torch.tensor([[i] for _, i in chosen]), [judge.images_of(text) for text in texts])
-    same = judge.correct(judge.nearest(restored), [[i] for _, i in chosen])
+    same = judge.shows(restored, [[i] for _, i in chosen])
     for j, ((split,), _) in enumerate(chosen):
-        found["captioning", split, "all", "exact"].append(bool(exact[j, 0]))
-        found["reconstruction", split, "all", "top-1"].append(bool(same[j, 0]))
-        found["reconstruction", split, "all", "PSNR"].append(decibels[j])
-    found["reconstruction", "all", "all", "codebook usage"].append(len(used) / pipeline.vqgan.config.num_embeddings)
+        found["captioning", split, "all", "exact"].append(bool(exact[j]))
+        found["reconstruction", split, "all", "top-1"].append(same[j])
+        found["reconstruction", split, "all", "PSNR"].append(psnr(restored[j], images[j]))
+    usage = len(tokens.unique()) / pipeline.vqgan.config.num_embeddings
+    found["reconstruction", "all", "all", "codebook usage"].append(usage)
 
 
 def language(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
@@ -123,9 +112,9 @@ def language(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -
     names = rng.sample(names, min(c.prompts, len(names)))
     for known, other, wording in (("en", "zh", "{} in Chinese is"), ("zh", "en", "{}的英文是")):
         pairs = [(own[known][0], own[other]) for own in names if own.get(known) and own.get(other)]
-        answers = in_batches("translation", lambda rows: generate_text(
-            model, [tokenizer.encode(wording.format(pairs[i][0])) for i in rows], tokenizer, 48, GREEDY, list(rows)),
-            len(pairs))
+        prompts = [tokenizer.encode(wording.format(name)) for name, _ in pairs]
+        answers = in_batches(lambda prompts: generate_text(model, prompts, tokenizer, 48, GREEDY, range(len(prompts))),
+                             prompts)
         for (_, right), (ids, _) in zip(pairs, answers):
             found["language", "names", other, "translation"].append(plain(tokenizer.decode(ids)) in map(plain, right))
 
@@ -139,23 +128,26 @@ def several(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
     at = {Path(judge.dataset.name(i)).stem: i for i in range(len(judge.dataset))}
     for *question, i in questions(dataset, c.prompts, c.seed):
         (width, height), cells = dataset.image(i).size, dataset.facts(i).get("cells", [])
-        if not cells or not set(cells) <= at.keys():
-            raise ValueError(f'{c.pairs}, {dataset.name(i)}: "cells" is {cells}, expected names of images of {c.data}')
+        if not set(cells) <= at.keys() or len(cells) * min(width, height) != max(width, height):
+            raise ValueError(f'{c.pairs}, {dataset.name(i)}: "cells" is {cells}, expected names of images of {c.data}, '
+                             "one for each square")
         size = next((size for size in pipeline.sizes if size[0] * width == size[1] * height), None)
         by_size[size].append((*question, [[at[cell]] for cell in cells]))
-    if None in by_size:
-        print(f"left out: {len(by_size.pop(None))} images of a shape that these weights do not draw")
+    if left_out := by_size.pop(None, []):
+        print(f"left out: {len(left_out)} images of a shape that these weights do not draw")
     for size, asked in sorted(by_size.items()):
         for (split, lang, _, wanted), image in zip(asked, draw(pipeline, [row[2] for row in asked], c, size)):
             side, n = min(size), len(wanted)
             nearest = judge.nearest([image.crop((x, y, x + side, y + side)) for y in range(0, size[0], side)
-                                     for x in range(0, size[1], side)])
-            correct = judge.correct(nearest[:, 0].expand(n, -1), wanted)                 # (wanted, cell)
-            placed, orders = correct.diagonal().tolist(), itertools.permutations(range(correct.shape[1]), n)
-            there = any(all(correct[range(n), order]) for order in orders)
+                                     for x in range(0, size[1], side)])[:, 0]            # (n,), by cell
+            correct = judge.correct(nearest.expand(n, n), wanted)                        # (n, n): wanted, cell
+            placed = correct.diagonal().tolist()
+            there = any(all(correct[range(n), order]) for order in itertools.permutations(range(n)))
             for what, marks in {"all": [all(placed)], "cell": placed, "objects": [there],
                                 "relation": [all(placed)] * there}.items():
                 found[f"several, {size[0]}x{size[1]}", split, lang, what] += marks
+    for (_, *name), marks in list(found.items()):
+        found[("several, all sizes", *name)] += marks
 
 
 def recipes(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
@@ -168,14 +160,13 @@ def recipes(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
     for recipe in open_recipes(c.data):
         pools[split_of(recipe.facts), language_of(recipe.title)].append(recipe)
     asked = choose(pools, c.prompts, c.seed)
-    pages = in_batches("recipes", lambda rows: pipeline.interleaved(
-        [asked[i][1].title for i in rows], c, seeds=[c.seed + i for i in rows]), len(asked))
+    pages = pipeline.interleaved([recipe.title for _, recipe in asked], c, range(c.seed, c.seed + len(asked)))
     for ((split, lang), recipe), (text, images) in zip(asked, pages):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         numbered = [re.fullmatch(rf"{i}\. (.+)", line) for i, line in enumerate(lines, 1)]
         meant, n = [judge.images_of(match[1]) if match else [] for match in numbered], min(len(lines), len(images))
-        shown = judge.correct(judge.nearest(images[:n])[:, :1], meant[:n])[:, 0].tolist() if n else []
-        shown += [False] * (max(len(lines), len(images)) - n)                            # a step or an image too few
+        shown = judge.shows(images[:n], meant[:n]) if n else []
+        shown += [False] * (max(len(lines), len(images), 1) - n)                         # a step or an image too few
         steps = list(map(plain, lines)) == list(map(plain, recipe.steps))
         for what, marks in {"all": [steps and all(shown)], "parsed": [bool(lines) and all(meant)], "steps": [steps],
                             "image": shown}.items():
@@ -183,33 +174,40 @@ def recipes(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
 
 
 def enlarging(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
-    """Sec. 3.4, Stage III, and Eq. 2: bicubic scaling, and K tokens a forward pass, with and without verification.
+    """Sec. 3.4, Stage III, and Eq. 2: K tokens a forward pass, with and without verification, and bicubic scaling.
 
-    PSNR in dB of images of the data set, enlarged one at a time, forward passes and seconds of each; top-1 of drawn
-    images, enlarged. Bicubic scaling hardly changes what is drawn, so its top-1 is that before.
+    Top-1 of drawn images, before and after. PSNR in dB of enlarged images of the data set, which were made small and
+    went through the image tokenizer, as drawn ones have; forward passes and seconds of each, one at a time. The row
+    "image tokenizer" is the true large image after the image tokenizer alone.
     """
-    upscaler = Pipeline.from_pretrained(c.stage3, c.device)
+    upscaler, size, passes = Pipeline.from_pretrained(c.stage3, c.device), pipeline.sizes[0], []
     K, side = upscaler.model.config.k, upscaler.model.config.long_side
+    if not side:
+        raise ValueError(f"{c.stage3}: weights of another stage, expected those of train.py stage3")
     asked = [question for question in questions(judge.dataset, c.prompts, c.seed) if question[0] == "seen"]
-    drawn, passes = draw(pipeline, [row[2] for row in asked], c, pipeline.sizes[0]), []
+    texts, images = [row[2] for row in asked], [judge.dataset.image(row[3]) for row in asked]
+    drawn, wanted = draw(pipeline, texts, c, size), [judge.images_of(text) for text in texts]
+    small = pipeline.reconstruct([resize_and_crop(image, *size) for image in images])
+    true = [resize_and_crop(image, side, side) for image in images]
+
+    def note(way: str, what: str, values) -> None:
+        for (split, lang, *_), value in zip(asked, values):
+            found[f"x{side}, {way}", split, lang if what == "top-1" else "all", what].append(value)
+    note("before", "top-1", judge.shows(drawn, wanted))
+    note("bicubic", "PSNR", [psnr(image.resize((side, side), Image.Resampling.BICUBIC), truth)
+                             for image, truth in zip(small, true)])
+    note("image tokenizer", "PSNR", map(psnr, upscaler.reconstruct(true), true))
     upscaler.model.norm.register_forward_hook(lambda *_: passes.append(1))               # once in each forward pass
-    ways = {"bicubic": None, f"K = {K}, verified": Sampling(temperature=0.0, k=K)}
-    ways |= {f"K = {k}": Sampling(temperature=0.0, k=k, unverified=k > 1) for k in sorted({1, 4, K}) if k <= K}
-    for way, sampling in ways.items():
-        task = f"x{side}, {way}"
-        for (split, lang, text, i), image in zip(tqdm(asked, desc=way), drawn):
-            def enlarge(image: Image.Image) -> Image.Image:
-                return upscaler.super_resolve([image], [text], sampling)[0] if sampling else \
-                    image.resize((side, side), Image.Resampling.BICUBIC)
-            found[task, split, lang, "top-1"] += judge.correct(
-                judge.nearest([enlarge(image)])[:, :1], [judge.images_of(text)])[0].tolist()
-            truth, started = judge.dataset.image(i), time.perf_counter()
+    ways = {f"K = {k}": Sampling(temperature=0.0, k=k, unverified=k > 1) for k in sorted({1, 4, K}) if k <= K}
+    for way, sampling in (ways | {f"K = {K} verified": Sampling(temperature=0.0, k=K)}).items():
+        note(way, "top-1", judge.shows(upscaler.super_resolve(drawn, texts, sampling), wanted))
+        for (split, _, text, _), image, truth in zip(tqdm(asked, desc=way), small, true):
             passes.clear()
-            larger = enlarge(resize_and_crop(truth, *pipeline.sizes[0]))
-            seconds, count = time.perf_counter() - started, len(passes)
-            for what, value in {"PSNR": psnr(larger, resize_and_crop(truth, side, side)), "passes": count,
-                                "seconds": seconds}.items():
-                found[task, split, "all", what].append(value)
+            started = time.perf_counter()
+            larger, = upscaler.super_resolve([image], [text], sampling)
+            seconds = time.perf_counter() - started
+            for what, value in {"PSNR": psnr(larger, truth), "passes": len(passes), "seconds": seconds}.items():
+                found[f"x{side}, {way}", split, "all", what].append(value)
 
 
 def main(arguments: list[str] | None = None) -> None:

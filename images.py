@@ -19,10 +19,7 @@ RASTER = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")      # nothing tha
 
 def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Not in the paper: any raster file -> RGB, upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
-
-    content: the bytes of the file, where they are at hand; `path` is then only its name. Raises ValueError, one line,
-    for what is no whole raster image of 8 or 16 bits.
-    """
+    content: its bytes, where they are at hand; `path` is then only its name. Raises ValueError, one line."""
     source = check_regular(path, "an image") if content is None else io.BytesIO(content)
     try:
         with Image.open(source, formats=RASTER) as image:
@@ -31,7 +28,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                             # 16 bits a pixel; Pillow would clip, not scale
                 image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
@@ -42,28 +39,31 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """Sec. 3.4, Stage I: scales and crops the middle to (height, width) pixels."""
-    return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
 class Resize:
     """Sec. 3.4: the size that images are encoded at: one square in Stage I; from Stage II on each has its own."""
     side: int                     # of the square, or the shorter side; in pixels
-    max_aspect: float = 1.0        # most that the longer side may be of the shorter, as the image has it; 1: a square
-    long_side: int = 0            # Stage III: then enlarged to this longer side; 0: not
+    max_aspect: float = 1.0       # most that the longer side may be of the shorter, as the image has it; 1: a square
+    long_side: int = 0            # Stage III: of an enlarged square, see `upscaled_size`; 0: not enlarged
 
     def size(self, image: Image.Image, factor: int) -> tuple[int, int]:
         """(H, W) in pixels, multiples of the down-sampling factor."""
-        width, height = image.size
-        ratio = min(self.max_aspect, max(width, height) / min(width, height))
+        ratio = min(self.max_aspect, max(image.size) / min(image.size))
         long = round(self.side * ratio / factor) * factor
-        size = (long, self.side) if height > width else (self.side, long)
+        size = (long, self.side) if image.height > image.width else (self.side, long)
         return upscaled_size(size, self.long_side, factor) if self.long_side else size
 
 
 def upscaled_size(size: tuple[int, int], long_side: int, factor: int) -> tuple[int, int]:
-    """Sec. 3.4, Stage III: (H, W) scaled to the longer side `long_side`, rounded to multiples of the factor."""
-    return tuple(round(side * long_side / max(size) / factor) * factor for side in size)
+    """Sec. 3.4, Stage III: the shape of an image -> its enlarged one. (H, W) in pixels, multiples of the factor.
+
+        (64, 64), long_side 128  ->  (128, 128)       as the paper's 256 -> 1,024
+        (64, 128), long_side 128  ->  (128, 256)      ours: others are enlarged as many times as a square
+    """
+    return tuple(round(side * long_side / min(size) / factor) * factor for side in size)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -84,7 +84,7 @@ def psnr(image: Image.Image, truth: Image.Image) -> float:
 
 def grid(images: list[Image.Image], columns: int = 8, gap: int = 2) -> Image.Image:
     """Not in the paper: images in rows, each at the top left of its cell, on white."""
-    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    width, height = (max(sizes) for sizes in zip(*(image.size for image in images)))
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")

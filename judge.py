@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from config import fit
 from dataset import Dataset
 from images import resize_and_crop, to_pixels
 from tokenizer import normalize
@@ -30,29 +31,29 @@ def plain(text: str) -> str:
     return " ".join(normalize(text).casefold().split())
 
 
+def shrink(image: Image.Image) -> Tensor:
+    """An image as it is judged, at 32 x 32 pixels -> (3072,)."""
+    return to_pixels(resize_and_crop(image, 32, 32)).flatten()
+
+
 class Judge:
-    """Not in the paper: which image of a data set an image shows: the nearest by mean squared error, at 32 x 32 pixels.
-    Images of the data set that are all but alike count as one. Raises ValueError, one line, for facts of another kind
-    than below: "names" and "held_out_text", {"en": ["apple"]}."""
+    """The nearest image of a data set by mean squared error; what is all but alike counts as one. Raises ValueError,
+    one line, for facts "names" and "held_out_text" that are not like {"en": ["apple"]}."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.named = dataset, defaultdict(list)
-        self.small = torch.stack([self._shrink(dataset.image(i)) for i in tqdm(range(len(dataset)), desc="judge")])
-        for i in range(len(dataset)):
-            lists = [dataset.captions(i)]
+        self.dataset, self.named, rows = dataset, defaultdict(list), range(len(dataset))
+        self.small = torch.stack([shrink(dataset.image(i)) for i in tqdm(rows, desc="judge")])       # (N, 3072)
+        for i in rows:
+            texts = set(dataset.captions(i))
             for fact in ("names", "held_out_text"):
                 content = dataset.facts(i).get(fact, {})
-                own = list(content.values()) if isinstance(content, dict) else [None]
-                if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in own):
+                try:
+                    texts.update(*(fit(own, tuple[str, ...]) for own in content.values()))
+                except (AttributeError, TypeError):
                     raise ValueError(f'{dataset.directory}, {dataset.name(i)}: "{fact}" is {content!r}, expected an '
-                                     'object that holds lists of texts, such as {"en": ["apple"]}')
-                lists += own
-            for text in {plain(text) for texts in lists for text in texts}:
+                                     'object that holds lists of texts, such as {"en": ["apple"]}') from None
+            for text in set(map(plain, texts)):
                 self.named[text].append(i)
-
-    @staticmethod
-    def _shrink(image: Image.Image) -> Tensor:
-        return to_pixels(resize_and_crop(image, 32, 32)).flatten()                      # (3 * 32 * 32,)
 
     def images_of(self, text: str) -> list[int]:
         """The images with this caption, name or held-out text, in any case."""
@@ -60,7 +61,7 @@ class Judge:
 
     def nearest(self, images: list[Image.Image]) -> Tensor:
         """Images -> indices (B, 5) of the nearest images of the data set, the nearest first; of all, if fewer."""
-        parts = torch.stack([self._shrink(image) for image in images]).split(256)
+        parts = torch.stack(list(map(shrink, images))).split(256)
         return torch.cat([torch.cdist(part, self.small).topk(min(5, len(self.small)), largest=False).indices
                           for part in parts])
 
@@ -69,6 +70,10 @@ class Judge:
         alike = lambda i, wanted: ((self.small[wanted] - self.small[i]).square().mean(1) <= TOLERANCE).any()
         return torch.tensor([[bool(alike(i, wanted)) for i in row]
                              for row, wanted in zip(indices, asked, strict=True)])
+
+    def shows(self, images: list[Image.Image], asked: list[list[int]]) -> list[bool]:
+        """Top-1: whether each image shows one of those that were asked for."""
+        return self.correct(self.nearest(images)[:, :1], asked)[:, 0].tolist()
 
 
 # ----------------------------------------------------------------------------- what is asked
@@ -112,7 +117,7 @@ def questions(dataset: Dataset, n: int, seed: int) -> list[tuple[str, str, str, 
 # ----------------------------------------------------------------------------- the report
 
 def interval(correct: int, n: int) -> tuple[float, float]:
-    """Not in the paper: Wilson's 95% interval of a fraction, within 0 and 1."""
+    """Wilson's 95% interval of a fraction, within 0 and 1."""
     z, p = 1.96, correct / n
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
@@ -122,14 +127,13 @@ def rows_of(found: dict[tuple, list]) -> list[dict]:
     """Rows of the report: "task", "split", "language", "what" and "n"; of marks "correct" and, from 0 to 1, "accuracy",
     "low" and "high"; of measured values their mean, "value"."""
     rows = []
-    for name, marks in ((name, marks) for name, marks in found.items() if marks):
-        row, total = dict(zip(("task", "split", "language", "what"), name)), sum(marks)
-        if isinstance(marks[0], bool):
-            low, high = interval(total, len(marks))
-            row |= {"correct": total, "n": len(marks), "accuracy": total / len(marks), "low": low, "high": high}
-        else:
-            row |= {"value": total / len(marks), "n": len(marks)}
-        rows.append(row)
+    for name, marks in found.items():
+        row, total, n = dict(zip(("task", "split", "language", "what"), name)), sum(marks), len(marks)
+        if n and isinstance(marks[0], bool):
+            low, high = interval(total, n)
+            rows.append(row | {"correct": total, "n": n, "accuracy": total / n, "low": low, "high": high})
+        elif n:
+            rows.append(row | {"value": total / n, "n": n})
     return rows
 
 

@@ -31,8 +31,11 @@ TONES = {"en": re.compile(r"\b(medium-light|medium-dark|light|medium|dark) skin 
          "zh": re.compile("(中等浅|中等深|中等|较浅|较深)肤色")}
 GENDER = re.compile(r"\b(woman|women|man|men)\b(?!')")
 COLOR = re.compile(r"^(red|orange|yellow|green|light blue|blue|purple|brown|black|white|pink|grey) ")
-NANO = re.compile(r"[🍅-🍓🐀-🐽] .+|\S+ ((light )?\S+ (heart|circle|square|book|apple)|(thumbs up|waving hand|raised fist|"
-                  "victory hand|baby|((wo)?man )?(judge|astronaut|firefighter))( \\S+ skin tone)?)")    # emoji and name
+NANO = re.compile("|".join((                             # an emoji and its name
+    r"[🍅-🍓🐀-🐽] .+",
+    r"\S+ (light )?\S+ (heart|circle|square|book|apple)",
+    r"\S+ (thumbs up|waving hand|raised fist|victory hand|baby)( \S+ skin tone)?",
+    r"\S+ ((wo)?man )?(judge|astronaut|firefighter)( \S+ skin tone)?")))
 WRAPPINGS = {"en": ("{x}", "{x}", "{x}", "{x}", "{a}", "the {x}", "a picture of {a}", "{t}", "{u}"),
              "zh": ("{x}", "{x}", "{x}", "一个{x}", "画一个{x}", "{x}的图片")}
 RELATIONS = {"left": ("{x} to the left of {b}", "{b} to the right of {a}", "{a} to the left of {b}",
@@ -41,13 +44,19 @@ RELATIONS = {"left": ("{x} to the left of {b}", "{b} to the right of {a}", "{a} 
                        "{甲}在{乙}的上面", "{乙}在{甲}的下面", "{乙}的上面是{甲}"),
              "row": ("{x}, {y} and {z} from left to right", "from left to right: {x}, {y} and {z}",
                      "从左到右是{甲}、{乙}和{丙}", "{甲}、{乙}和{丙}从左到右排成一行")}
-TRANSLATIONS = ("{en} in Chinese is {zh}", "{zh}的英文是{en}", "{en}: {zh}", "{zh}: {en}", "{en}的中文是{zh}")
-ALIASES = ("{x} is another name for {en}", "{x}: {en}", "{en}: {x}", "{en} is also called {x}", "{zh}的英文也是{x}")
+TRANSLATIONS = ("{en} in Chinese is {zh}", "{en}: {zh}",
+                "{zh}的英文是{en}", "{zh}: {en}", "{en}的中文是{zh}")
+ALIASES = ("{x} is another name for {en}", "{x}: {en}", "{en}: {x}", "{en} is also called {x}",
+           "{zh}的英文也是{x}")
 SENTENCES = {                                            # nothing to do with images
-    "{} {} {} {}.": "my brother,her mother,the teacher,everybody,his friend,nobody|buys,sells,likes,forgets,looks for|"
-                    "bread,the news,a letter,a song,our town|every evening,on Monday,after work,at nine,once a year",
-    "{}{}{}{}。": "我弟弟,她妈妈,老师,大家,他的朋友,没有人|每天晚上,星期一,下班以后,九点钟,每年一次|买,卖,喜欢,忘记,寻找|"
-                  "面包,新闻,一封信,一首歌,我们的城市"}
+    "{} {} {} {}.": ("my brother, her mother, the teacher, everybody, his friend, nobody",
+                     "buys, sells, likes, forgets, looks for",
+                     "bread, the news, a letter, a song, our town",
+                     "every evening, on Monday, after work, at nine, once a year"),
+    "{}{}{}{}。": ("我弟弟, 她妈妈, 老师, 大家, 他的朋友, 没有人",
+                   "每天晚上, 星期一, 下班以后, 九点钟, 每年一次",
+                   "买, 卖, 喜欢, 忘记, 寻找",
+                   "面包, 新闻, 一封信, 一首歌, 我们的城市")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,6 @@ class OpenMoji:
     """Builds the emoji data set: images, captions, text, pairs and recipes."""
     out: Path = setting(Path("data/emoji"), "folder to write", metavar="FOLDER")
     subset: str = setting("all", "nano: about 200 emoji, without pairs and recipes", choices=("all", "nano"))
-    seed: int = setting(0, "of the text's order and of the pairs", least=0, most=2**32)
 
     def __post_init__(self):
         check(self)
@@ -198,7 +206,7 @@ def text(lines: list[dict], recipes: list[dict], rng: random.Random) -> list[str
     """The language model's text, one document a line. Withheld names are in it, held-out recipes are not."""
     texts = [f"{n} + {m} = {n + m}" for n in range(30) for m in range(30)]
     for wording, lists in SENTENCES.items():
-        texts += [wording.format(*words) for words in product(*(words.split(",") for words in lists.split("|")))]
+        texts += [wording.format(*words) for words in product(*(words.split(", ") for words in lists))]
     for line in lines:
         names, aliases = line["names"], line["held_out_text"].get("alias", [])
         texts += captions(names["en"] + aliases, "en") + captions(names["zh"], "zh")
@@ -259,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: writes the data set, metadata.jsonl last. A folder that is not empty is refused."""
     with ends_in_one_line("openmoji.py"):
         settings = parse(OpenMoji, arguments)
-        out, rng, whole = settings.out, random.Random(settings.seed), settings.subset == "all"
+        out, rng, whole = settings.out, random.Random(0), settings.subset == "all"
         if out.is_file() or out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out}: already there, expected a new or an empty folder")
         lines, images = read_drawings(settings.subset)

@@ -6,14 +6,17 @@ import hashlib
 import itertools
 import json
 import random
+from pathlib import Path
 
 import torch
 from PIL import Image
 
-from data import EncodedImages, decode_each, encode, open_dataset
+from data import EncodedImages, Sequence, decode_each, encode, open_dataset
+from dataset import open_recipes
 from distributed import Distributed
-from files import write_json
-from images import Resize
+from files import read_text, write_json, write_text
+from generate import Pipeline, Sampling
+from images import Resize, grid, save_image
 from vqgan import VQGAN
 
 
@@ -33,14 +36,53 @@ def digest_of(datasets: list, *more: str) -> str:
     return found.hexdigest()
 
 
-def leave_out(c, bad: list[tuple[str, str]], ranks: Distributed) -> None:
-    """Lists what cannot be trained on, each with its reason. Raises ValueError, one line, without --skip-bad."""
+def leave_out(c, bad: list[tuple[str, str]], left: list, what: str, ranks: Distributed) -> None:
+    """Lists what cannot be trained on, each with its reason. Raises ValueError, one line, without --skip-bad, and where
+    nothing is left."""
     if bad and not c.skip_bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ValueError(f"{bad[0][0]}: {bad[0][1]}{more}; --skip-bad leaves out what cannot be trained on")
     if bad and ranks.is_main:
         write_json(c.out / "left-out.json", bad)
         print(f"{len(bad)} left out; {c.out / 'left-out.json'} says why")
+    if not left:
+        raise ValueError(f"{c.data[0]}: no {what} to train on is left")
+
+
+def images_of(c, datasets: list, ranks: Distributed) -> dict[str, list[tuple]]:
+    """(dataset, number) of each image to train on, "train", and of each other, "held_out", for the stage that sees
+    pixels. With --skip-bad each is opened first."""
+    found, bad = {"held_out": [], "train": []}, []
+    for dataset, i in ((dataset, i) for dataset in datasets for i in range(len(dataset))):
+        try:
+            if c.skip_bad:
+                dataset.image(i)
+            found["train" if in_training(dataset.facts(i)) else "held_out"].append((dataset, i))
+        except ValueError as error:
+            bad.append((dataset.name(i), str(error)))
+    leave_out(c, bad, found["train"], "image", ranks)
+    return found
+
+
+def recipes_of(c, encoded: list[EncodedImages], sequence, room: int, ranks: Distributed) -> list[tuple[str, Sequence]]:
+    """Sec. 4.6: title and sequence of each recipe to train on. sequence(recipe, images): its layout, with image tokens
+    (h, w). What lacks an image or is longer than `room` tokens: see `leave_out`."""
+    found, bad = [], []
+    for path, images in zip(c.data, encoded):
+        at = {images.name(i): i for i in images.valid}
+        for recipe in (recipe for recipe in open_recipes(path) if in_training(recipe.facts)):
+            missing = [name for name in recipe.images if name not in at]
+            content = None if missing else sequence(recipe, [images[at[name]] for name in recipe.images])
+            if not recipe.title.strip():
+                bad.append((recipe.text[:60], "a recipe without a title"))
+            elif missing:
+                bad.append((recipe.title, f"its image {missing[0]} is not among those of {path}"))
+            elif len(content.tokens) > room:
+                bad.append((recipe.title, f"a recipe of {len(content.tokens)} tokens, expected at most {room}"))
+            else:
+                found.append((recipe.title, content))
+    leave_out(c, bad, found, "recipe", ranks)
+    return found
 
 
 class Pool:
@@ -49,26 +91,24 @@ class Pool:
     A folder is drawn as often as another one, an image as often as its weight says.
     """
 
-    def __init__(self, c, ranks: Distributed, encoded: list[EncodedImages], tokenizer, max_seq_len: int,
-                 longest: int):
+    def __init__(self, c, ranks: Distributed, encoded: list[EncodedImages], tokenizer, max_seq_len: int, longest: int):
         """longest: most tokens of an image. Raises ValueError, one line, for a caption that does not fit into the
         model's max_seq_len with them, see `leave_out`."""
-        room, bad = max_seq_len - longest - 16, []                                     # 16: size and special tokens
-        if room < 1:
+        self.room, bad = max_seq_len - longest - 16, []                                # 16: size and special tokens
+        if self.room < 1:
             raise ValueError(f"{c.data[0]}: images of {longest} tokens do not fit into the max_seq_len of the model, "
                              f"{max_seq_len}; expected smaller ones, or a text stage of longer sequences")
         for images in encoded:
             for i in images.valid:
                 lengths = [len(tokenizer.encode(text)) for text in images.captions(i)]
-                bad += [(images.name(i), f"a caption of {n} tokens, expected at most {room}: {text[:60]!r}")
-                        for text, n in zip(images.captions(i), lengths) if n > room]
-                images.records[i]["captions"] = [text for text, n in zip(images.captions(i), lengths) if n <= room]
-        leave_out(c, bad, ranks)
+                bad += [(images.name(i), f"a caption of {n} tokens, expected at most {self.room}: {text[:60]!r}")
+                        for text, n in zip(images.captions(i), lengths) if n > self.room]
+                images.records[i]["captions"] = [text for text, n in zip(images.captions(i), lengths)
+                                                 if n <= self.room]
         train = [[i for i in images.valid if in_training(images.facts(i))] for images in encoded]
         self.folders = [(images, rows, list(itertools.accumulate(images.facts(i).get("weight", 1.0) for i in rows)))
                         for images, rows in zip(encoded, train) if rows]
-        if not self.folders:
-            raise ValueError(f"{c.data[0]}: no image to train on is left")
+        leave_out(c, bad, self.folders, "image", ranks)
         self.held_out = [(images, i) for images in encoded for i in images.valid if not in_training(images.facts(i))]
 
     def draw(self, rng: random.Random) -> tuple[EncodedImages, int]:
@@ -81,6 +121,14 @@ class Pool:
         rng = random.Random(seed)
         drawn = [(*item, self.caption(*item, rng)) for item in (self.draw(rng) for _ in range(4 * n))]
         return [item for item in drawn if item[2]][:n]
+
+    def read_prompts(self, path: Path, tokenizer) -> list[str]:
+        """The lines of a text file. Raises ValueError, one line, where there is none, or one that is too long."""
+        prompts = [line for line in read_text(path).split("\n") if line.strip()]
+        longest = max((len(tokenizer.encode(text)) for text in prompts), default=0)
+        if not 0 < longest <= self.room:
+            raise ValueError(f"{path}: the longest prompt has {longest} tokens, expected 1 to {self.room}")
+        return prompts
 
     def names(self) -> list[str]:
         """What captions call their images: of each image those captions that hold no other one, in lower case."""
@@ -112,3 +160,22 @@ def sizes_of(encoded: list[EncodedImages], vqgan: VQGAN) -> tuple[tuple[int, int
 def image_of(vqgan: VQGAN, images: EncodedImages, i: int) -> Image.Image:
     """Image i as the image tokenizer gives it back."""
     return decode_each(vqgan, torch.from_numpy(images[i].astype("int64"))[None])[0]
+
+
+def write_samples(pipeline: Pipeline, pool: Pool, path: Path, seed: int, prompts: list[str]) -> None:
+    """Draws the prompts, or where there are none sixteen captions, each with its original above it: a grid, and the
+    prompts as a text file."""
+    chosen = [] if prompts else pool.some(16, seed)
+    prompts = prompts or [text for *_, text in chosen]
+    if not prompts:
+        return
+    originals = [image_of(pipeline.vqgan, images, i) for images, i, _ in chosen]
+    sizes = [image.size[::-1] for image in originals] or [pipeline.sizes[0]] * len(prompts)
+    drawn = {}
+    for size in set(sizes):
+        rows = [j for j in range(len(prompts)) if sizes[j] == size]
+        drawn |= zip(rows, pipeline.text_to_image([prompts[j] for j in rows], Sampling(), rows, size=size))
+    drawn = [drawn[j] for j in range(len(prompts))]
+    rows = [part[j:j + 8] for j in range(0, len(prompts), 8) for part in (originals, drawn)]
+    save_image(grid([image for row in rows for image in row]), path.with_suffix(".png"))
+    write_text(path.with_suffix(".txt"), "\n".join(prompts) + "\n")

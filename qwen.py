@@ -2,6 +2,7 @@
 
 Qwen (`transformer.h.N.attn.c_attn`: 1.8B, 7B, 14B), Qwen2 (`model.layers.N.self_attn.q_proj`: 0.5B to 72B, Qwen2.5
 too) and Qwen3 (0.6B to 32B). Each published tensor has one place in MARS: nothing is guessed, left out or left over.
+What is missing, unexpected, of another shape or not finite raises ValueError, one line.
 """
 import math
 from dataclasses import dataclass
@@ -68,7 +69,6 @@ TENSORS_QWEN3 = TENSORS | {f"model.layers.{{i}}.self_attn.{part}_norm.weight":
                            f"blocks.{{i}}.attention.{part}_norm.weight" for part in "qk"}
 
 KINDS = {"norm_eps": float, "rope_base": float, "tie_embeddings": bool}        # all other fields: int
-
 LAYOUTS = {"qwen": Layout(SIZES_QWEN, FIXED_QWEN, TENSORS_QWEN, qkv_bias=True),
            "qwen2": Layout(SIZES_QWEN2, FIXED_QWEN2, TENSORS_QWEN2, qkv_bias=True),
            "qwen3": Layout(SIZES_QWEN2, FIXED_QWEN2 | {"attention_bias": False}, TENSORS_QWEN3, qkv_bias=False,
@@ -76,11 +76,8 @@ LAYOUTS = {"qwen": Layout(SIZES_QWEN, FIXED_QWEN, TENSORS_QWEN, qkv_bias=True),
 
 
 def read_layout(directory: str | Path) -> tuple[Layout, dict]:
-    """Sec. 3.3: the layout that a folder's `config.json` names, and the fields of MARSConfig that it decides.
-
-    Raises ValueError, one line, for an unknown `model_type`, a key that is missing or of another type, and a variant
-    that MARS would compute wrong, such as scaled rotary embeddings or sliding windows.
-    """
+    """Sec. 3.3: the layout that a folder's `config.json` names, and the fields of MARSConfig that it decides. Raises
+    ValueError, one line, for a variant that MARS would compute wrong, such as scaled rotary embeddings."""
     path = Path(directory) / "config.json"
     published = read_json(path)
     kind = published.get("model_type")
@@ -119,20 +116,17 @@ def tensor_table(layout: Layout, layers: int, tied: bool) -> dict[str, tuple[str
     tied: the text head is the embedding, so that it has no tensor of its own."""
     table = {}
     for theirs, ours in layout.tensors.items():
-        if theirs == "lm_head.weight" and tied:
-            continue
         ours, _, rows = ours.rstrip("]").partition("[")
         for i in range(layers if "{i}" in theirs else 1):
             table[theirs.format(i=i)] = ours.format(i=i), rows
+    if tied:
+        del table["lm_head.weight"]
     return table
 
 
 def find_shards(directory: Path) -> dict[str, Path]:
     """Not in the paper: tensor -> the safetensors file of a folder that holds it, whether there is one or an index.
-
-    Raises ValueError, one line, where a file is missing, is not what the index says, or is outside the folder. A link
-    may only lead to `../../blobs`, where the cache of huggingface_hub has its files.
-    """
+    A link may only lead to `../../blobs`, where the cache of huggingface_hub has its files."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         path = directory / "model.safetensors"
@@ -165,7 +159,7 @@ def stream(directory: str | Path, layout: Layout, shapes: dict[str, tuple], conf
 
     shapes: those of our tensors. A large tensor comes in parts of at most PART bytes, each from a mapping of its own:
     pages that were read count as memory until their mapping goes. All names and shapes are checked before the first
-    rows come. Raises ValueError, one line, for a tensor that is missing, unexpected, of another shape or not finite.
+    rows come.
     """
     table = tensor_table(layout, config.layers, config.tie_embeddings)
     q, kv, F = config.heads * config.head_width, config.kv_heads * config.head_width, config.ffn_width
@@ -179,8 +173,7 @@ def stream(directory: str | Path, layout: Layout, shapes: dict[str, tuple], conf
     places = {}
     for name, path in sorted(shards.items(), key=lambda item: item[1]):
         ours, part = table[name]
-        start, end, _ = slice(*starts[part]).indices(shapes[ours][0])
-        places[name] = start, end
+        places[name] = start, end = slice(*starts[part]).indices(shapes[ours][0])[:2]
         with open_tensors(path) as file:
             have, want = tuple(file.get_slice(name).get_shape()), (end - start, *shapes[ours][1:])
         check_shapes(path, {name: want}, {name: have})

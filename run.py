@@ -36,21 +36,25 @@ def claim(config) -> None:
         if path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out} holds {path}, an input; expected another folder")
     held = any(not path.name.startswith(".") for path in out.iterdir())
+    begun = any(path.stat().st_size for name in ("metrics.jsonl", "checkpoint-*") for path in out.glob(name))
     if held and not (out / "run.json").is_file():
         raise ValueError(f"{out}: holds files, but no run of train.py; expected an empty or a new folder as --out")
-    if held and not config.resume:
+    if begun and not config.resume:
         raise ValueError(f"{out}: holds a run already; pass --resume to go on with it, or another --out")
-    if held:
+    if begun:                                           # else it was refused before its first step
         check_run(read_json(out / "run.json"), run_of(config, {}), out)
     else:
         write_json(out / "run.json", run_of(config, {}))
     for left in out.rglob(".tmp-*"):                                # of a run that was killed while it wrote
-        left.unlink()
+        if left.is_file():
+            left.unlink()
 
 
 def check_run(before: dict, now: dict, out: Path) -> None:
     """Raises ValueError, one line, for the first setting or input that is not that of the run in `out`. A run that is
     finished may be lengthened."""
+    if type(before.get("steps")) is not int or "stage" not in before:
+        raise ValueError(f"{out / 'run.json'}: not what train.py writes; expected another --out")
     for name, value in now.items():
         if before.get(name, value) != value:
             checkpoint = load_checkpoint(out) if name == "steps" and value > before[name] else None
@@ -65,10 +69,13 @@ def resume(config, stage, model: nn.Module, optimizer, ranks: Distributed) -> in
     if ranks.is_main:
         check_run(read_json(config.out / "run.json"), run, config.out)
         write_json(config.out / "run.json", run)
-    state = load_checkpoint(config.out) if config.resume else None
+    state, step = load_checkpoint(config.out) if config.resume else None, 0
     if state:
+        step = state["step"]
+        if type(step) is not int or not 0 < step <= config.steps or not isinstance(state["run"], dict):
+            raise ValueError(f"{config.out}: its checkpoint is of step {step!r}, expected one of 1 to {config.steps}")
+        check_run(state["run"] | {"steps": config.steps}, run, config.out)
         load_full_state(model, optimizer, state, config.out, stage.stays_frozen)
-    step = state["step"] if state else 0
     if ranks.is_main:
         count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
         print(f"{run['stage']}: {count(model.parameters())} parameters, "
@@ -79,7 +86,10 @@ def resume(config, stage, model: nn.Module, optimizer, ranks: Distributed) -> in
 
 def save(config, stage, step: int, model: nn.Module, optimizer, ranks: Distributed) -> None:
     """Writes the weights to use, then a checkpoint: only what trains, gathered by the main process alone."""
-    stage.save(config.out)
+    weights = full_state(stage.module)["model"]
+    if ranks.is_main:
+        stage.save(config.out, weights)
+    del weights                                                     # a large model's: not both in memory
     state = full_state(model, optimizer, trained_only=stage.stays_frozen)
     if ranks.is_main:
         save_checkpoint(config.out, step, {"step": step, "run": run_of(config, stage.made_of), **state})
@@ -91,16 +101,20 @@ def open_metrics(path: Path, first: int, ranks: Distributed):
     Other processes get a file that keeps nothing."""
     if not ranks.is_main:
         return open(os.devnull, "w")
-    if path.is_file():
-        whole = [line for line in read_text(path).split("\n") if line.endswith("}")]
-        write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < first))
+    whole = [line for line in read_text(path).split("\n") if line.endswith("}")] if path.exists() else []
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] < first]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f'{path}: expected a line a step, such as {{"step": 0, "loss": 5.2}}') from None
+    write_text(path, "".join(line + "\n" for line in kept))             # a link is replaced
     return path.open("a", buffering=1, encoding="utf-8", newline="\n")
 
 
-def bad_loss(loss: float, step: int, names: list[str], out: Path) -> ValueError:
-    """The error, one line, for a loss that is not finite: the step, and what was in the batch."""
+def not_finite(what: str, value: float, step: int, batch: list[tuple], out: Path) -> ValueError:
+    """The error, one line, for a loss or a gradient that is not finite: the step, and what was in the batch."""
+    names = [name for name, _ in batch]
     write_text(out / "bad-batch.txt", "\n".join(names) + "\n")
-    return ValueError(f"the loss is {loss} at step {step}; the last checkpoint is good; in the batch: "
+    return ValueError(f"the {what} is {value} at step {step}; the last checkpoint is good; in the batch: "
                       f"{', '.join(names[:4])}; {out / 'bad-batch.txt'} lists all")
 
 

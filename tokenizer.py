@@ -3,6 +3,7 @@
 Shapes: V_t text vocabulary, V_v visual vocabulary (image tokens, special tokens, padding rows).
 """
 import base64
+import contextlib
 import io
 import json
 import unicodedata
@@ -29,10 +30,8 @@ class Vocabulary:
     @property
     def visual(self) -> int:
         """V_v: image tokens, special tokens and padding rows; 0 for a language model alone."""
-        if not self.image:
-            return 0
         rows = self.image + len(SPECIAL_TOKENS)
-        return rows + -(self.text + rows) % 8
+        return rows + -(self.text + rows) % 8 if self.image else 0
 
     @property
     def size(self) -> int:
@@ -87,7 +86,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 1024) -> "TextTokenizer":
-        """Learns at most `size` pieces, or as many as the characters of `texts` need; the same texts give the same
+        """Byte-pair encoding, as Qwen's: learns at most `size` pieces, or as many as the characters of `texts` need; the same texts give the same
         bytes. Raises ValueError, one line, where there is nothing to learn from."""
         texts = [normalize(text) for text in texts]
         characters = set().union(*texts)
@@ -96,7 +95,7 @@ class TextTokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=size,
+                sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=size,
                 hard_vocab_limit=False, byte_fallback=True, split_digits=True, user_defined_symbols=chinese,
                 normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
                 unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, eos_piece="<|endoftext|>", num_threads=1,
@@ -111,11 +110,9 @@ class TextTokenizer:
         """Reads `tokenizer.model`. Raises ValueError, one line, where it is missing or broken."""
         path = check_regular(Path(directory) / cls.FILE, "a sentencepiece model")
         content = path.read_bytes()
-        try:
+        with contextlib.suppress(RuntimeError):
             if content and cls(content).eos >= 0:
                 return cls(content)
-        except RuntimeError:
-            pass
         raise ValueError(f"{path}: not a whole sentencepiece model with a token that ends a text")
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -132,6 +129,7 @@ class QwenTokenizer:
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+    FILES = (["qwen.tiktoken"], ["vocab.json", "merges.txt"], ["tokenizer.json"])
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], files: dict[str, bytes]):
         """ranks: token -> id, in the order of the merges; special: control token -> id; files: what they were read
@@ -159,8 +157,7 @@ class QwenTokenizer:
     def from_pretrained(cls, directory: str | Path) -> "QwenTokenizer":
         """Reads a folder's ranks. Raises ValueError, one line, where they are missing or malformed."""
         directory = Path(directory)
-        names = next((names for names in (["qwen.tiktoken"], ["vocab.json", "merges.txt"], ["tokenizer.json"])
-                      if all((directory / name).is_file() for name in names)), None)
+        names = next((names for names in cls.FILES if all((directory / name).is_file() for name in names)), None)
         if not names:
             raise ValueError(f"{directory}: no tokenizer found, expected tokenizer.model, qwen.tiktoken, vocab.json "
                              "with merges.txt, or tokenizer.json")
@@ -189,7 +186,7 @@ def _read_ranks(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
         except ValueError:
             raise ValueError(f"{path}, line {number}: expected a token in base64 and its rank") from None
     first = max(ranks.values(), default=-1) + 1
-    return ranks, {token: first + i for i, token in enumerate(QwenTokenizer.SPECIAL)}
+    return ranks, {token: i for i, token in enumerate(QwenTokenizer.SPECIAL, first)}
 
 
 def _read_vocabulary(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -209,10 +206,10 @@ def _read_vocabulary(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
             ids, merges = content["model"]["vocab"], content["model"]["merges"]        # "a b" or ["a", "b"]
             special = {token["content"]: token["id"] for token in content["added_tokens"]}
         else:
-            ids, merges = content, read_text(path.with_name("merges.txt")).split("\n")
-            merges = [merge for merge in merges if merge and not merge.startswith("#version")]
-            first = max(ids.values(), default=-1) + 1
-            special = {token: first + i for i, token in enumerate(QwenTokenizer.SPECIAL[:3])}
+            ids, first = content, max(content.values(), default=-1) + 1
+            special = {token: i for i, token in enumerate(QwenTokenizer.SPECIAL[:3], first)}
+            merges = [merge for merge in read_text(path.with_name("merges.txt")).split("\n")
+                      if merge and not merge.startswith("#version")]
         made = [ids["".join(merge).replace(" ", "")] for merge in merges]
         if made != sorted(made):
             raise ValueError(f"{path}: expected merges in the order of the ids of what they make, as in Qwen's")

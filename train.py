@@ -33,15 +33,15 @@ from tqdm import tqdm
 from checkpoint import fingerprint
 from config import Parser, add_flags, build, check, ends_in_one_line, setting
 from data import (EncodedImages, Sequence, captioning, collate, joint, open_dataset, size_text, targets_of,
-                  text_to_image)
-from dataset import open_recipes
-from distributed import Distributed, bad_input_is_final, cleanup, full_state, init, parallelize, sync_gradients
+                  text_to_image, title_text)
+from distributed import Distributed, bad_input_is_final, cleanup, init, parallelize, sync_gradients
 from files import lock, read_text, write_text
-from generate import Pipeline, Sampling, load_stage, write_page
+from generate import Pipeline, load_stage, write_page
 from images import Resize, grid, psnr, resize_and_crop, save_image, to_image, to_pixels
 from mars import IGNORE, MARS, MARSConfig
-from pool import Pool, digest_of, encode_all, image_of, in_training, leave_out, sizes_of
-from run import Output, bad_loss, claim, open_metrics, resume, save, stop_signals
+from pool import (Pool, digest_of, encode_all, image_of, images_of, in_training, recipes_of, sizes_of,
+                  write_samples)
+from run import Output, claim, not_finite, open_metrics, resume, save, stop_signals
 from tokenizer import TextTokenizer, load_tokenizer
 from vqgan import VQGAN, VQGANConfig
 from vqgan_loss import VQGANLoss, VQGANLossConfig
@@ -54,8 +54,8 @@ class TrainConfig:
     """Sec. 4.1: what all stages have in common."""
     data: tuple[Path, ...] = setting((Path("data/emoji"),), "folders of images with captions", nargs="+")
     out: Path = setting(Path("runs/out"), "folder for weights, checkpoints, metrics and samples")
-    steps: int = setting(1000, "", least=1)
-    batch: int = setting(16, "examples a step, over all processes", least=1)
+    steps: int = setting(1000, "", least=1, most=10**9)
+    batch: int = setting(16, "examples a step, over all processes", least=1, most=10**6)
     lr: float = setting(1e-3, "peak learning rate; 1e-4 in the paper, more for small models", least=1e-8, most=1)
     weight_decay: float = setting(0.1, "of matrices; biases, norms and codebooks have none", least=0, most=1)
     warmup: float = setting(0.01, "fraction of the steps over which the learning rate rises", least=0, most=1)
@@ -92,8 +92,7 @@ class VQGANStage(TrainConfig, VQGANLossConfig, VQGANConfig):
 class TokenStage(TrainConfig):
     """What the stages that predict tokens have in common."""
     micro_batch: int = setting(0, "examples in one pass of one process; 0: all", least=0)
-    recompute: bool = setting(False, "compute blocks again in the backward pass instead of keeping their activations",
-                              aliases=("--checkpoint-activations",))
+    recompute: bool = setting(False, "compute blocks again in the backward pass instead of keeping their activations")
     shard: bool = setting(False, "under torchrun: shard all over the GPUs, as ZeRO-3 does; draws no samples")
     save_bf16: bool = setting(False, "write weights half as large; default: as the language side is kept")
 
@@ -104,8 +103,8 @@ class TextStage(TokenStage):
     width: int = setting(160, "D", least=8)
     layers: int = setting(4, "L", least=1)
     heads: int = setting(5, "H", least=1)
-    text_vocab: int = setting(3000, "most tokens that the tokenizer learns", least=300)
-    max_seq_len: int = setting(512, "longest sequence in tokens", least=16)
+    text_vocab: int = setting(4000, "most tokens that the tokenizer learns", least=300)
+    max_seq_len: int = setting(1024, "longest sequence in tokens", least=16)
     text_seq_len: int = setting(64, "tokens that a text is cut to", least=2)
 
 
@@ -141,7 +140,7 @@ class Stage3(TokenStage):
     init: Path = setting(Path("weights/emoji"), "Stage II, or an earlier run of this stage")
     k: int = setting(16, "K of Eq. 2", least=1, most=64)
     max_aspect: float = setting(2.0, "longest side, in shortest sides; images beyond are cropped", least=1, most=16)
-    long_side: int = setting(128, "of the large images, in pixels; the paper's is 1024", least=2)
+    long_side: int = setting(128, "side of an enlarged square, in pixels; the paper's is 1024", least=2)
     corruption: float = setting(0.05, "fraction of wrong tokens in the small image; ours", least=0, most=1)
     caption_drop: float = setting(0.1, "fraction of captions dropped for guidance; ours", least=0, most=1)
 
@@ -154,11 +153,7 @@ class Joint(TokenStage):
 
 # ----------------------------------------------------------------------------- the loop (Sec. 4.1)
 
-@dataclass
-class Example:
-    """One training example, and what it is called where a batch goes wrong."""
-    name: str
-    content: Sequence | Tensor
+Example = tuple[str, Sequence | Tensor]              # a training example: its name, and what it holds
 
 
 @dataclass
@@ -168,7 +163,7 @@ class Stage:
     batch: Callable[[random.Random], list[Example]]  # the examples of one step, over all processes
     tensors: Callable[[list[Example], random.Random], tuple[Tensor, ...]]   # what `module` takes, the targets last
     sample: Callable[[Path], dict[str, float]]       # writes something to look at -> metrics
-    save: Callable[[Path], None]                     # writes weights to use
+    save: Callable[[Path, dict[str, Tensor]], None]  # writes weights to use, given those of `module`
     made_of: dict[str, str]                          # fingerprints of data and inputs
     uniform: int = 0                                 # V: an untrained model's first loss is about ln V
     stays_frozen: bool = True                        # no step changes what has no gradient: checkpoints leave it out
@@ -226,15 +221,17 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
                 loss += part_loss.item()
             loss = ranks.all_reduce_sum(loss)
             if not math.isfinite(loss):
-                raise bad_loss(loss, step, [example.name for example in batch], config.out)
-            norm = nn.utils.clip_grad_norm_(trained, config.clip)
+                raise not_finite("loss", loss, step, batch, config.out)
+            norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
+            if not math.isfinite(norm):
+                raise not_finite("norm of the gradient", norm, step, batch, config.out)
             optimizer.step()
             optimizer.zero_grad()
             if step == 0 and stage.uniform and ranks.is_main:
                 bar.write(f"first loss {loss:.3f}; ln V = ln {stage.uniform} = {math.log(stage.uniform):.3f}")
 
             # what to look at, and what to go on from
-            log = {"loss": loss, **getattr(stage.module, "logs", {}), "lr": lr, "grad_norm": float(norm),
+            log = {"loss": loss, **getattr(stage.module, "logs", {}), "lr": lr, "grad_norm": norm,
                    "tokens_per_s": round(total / (time.perf_counter() - started))}
             stopping, last = ranks.all_reduce_sum(len(signals)) > 0, step + 1 == config.steps
             if last or (step + 1) % config.sample_every == 0:
@@ -257,18 +254,8 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
 
 def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
     """Sec. 3.3, Tokenization: trains the image tokenizer on images alone."""
-    datasets, pool, bad = [open_dataset(path) for path in c.data], {True: [], False: []}, []
-    for dataset in datasets:
-        for i in range(len(dataset)):
-            try:
-                if c.skip_bad:
-                    dataset.image(i)
-                pool[in_training(dataset.facts(i))].append((dataset, i))
-            except ValueError as error:
-                bad.append((dataset.name(i), str(error)))
-    leave_out(c, bad, ranks)
-    if not pool[True]:
-        raise ValueError(f"{c.data[0]}: no image to train on is left")
+    datasets = [open_dataset(path) for path in c.data]
+    pool = images_of(c, datasets, ranks)
     torch.manual_seed(c.seed)
     only = lambda kind: kind(**{f.name: getattr(c, f.name) for f in fields(kind)})
     vqgan = VQGAN.from_pretrained(c.init) if c.init else VQGAN(only(VQGANConfig))
@@ -286,11 +273,11 @@ def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
         return to_pixels(resize_and_crop(image, side, side))                            # (3, side, side)
 
     def batch(rng: random.Random) -> list[Example]:
-        chosen = [rng.choice(pool[True]) for _ in range(c.batch)]
-        return [Example(dataset.name(i), pixels(dataset, i, rng)) for dataset, i in chosen]
+        chosen = [rng.choice(pool["train"]) for _ in range(c.batch)]
+        return [(dataset.name(i), pixels(dataset, i, rng)) for dataset, i in chosen]
 
     def tensors(examples: list[Example], rng: random.Random) -> tuple[Tensor]:
-        return (torch.stack([example.content for example in examples]).contiguous(memory_format=torch.channels_last),)
+        return (torch.stack([image for _, image in examples]).contiguous(memory_format=torch.channels_last),)
 
     @torch.autocast(ranks.device.type, enabled=False)
     def sample(path: Path) -> dict[str, float]:
@@ -298,22 +285,19 @@ def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
         if not ranks.is_main:
             return {}
         found = {}
-        for is_train, name in ((False, "psnr_held_out"), (True, "psnr_train")):
-            items = pool[is_train]
+        for name, items in pool.items():
             chosen = [pixels(*item) for item in random.Random(c.seed).sample(items, min(64, len(items)))]
             if chosen:
                 restored = [vqgan.decode(vqgan.encode(x[None].to(ranks.device)))[0] for x in chosen]
                 images = [[to_image(x) for x in part] for part in (chosen, restored)]
-                found[name] = sum(map(psnr, *images)) / len(chosen)
+                found[f"psnr_{name}"] = sum(map(psnr, *images)) / len(chosen)
         save_image(grid(images[0][:8] + images[1][:8]), path.with_suffix(".png"))
         return found
 
-    def save(out: Path) -> None:
-        if ranks.is_main:
-            vqgan.save_pretrained(out)
     sizes = [dataset.stamp(i)[:-1] for dataset in datasets for i in range(len(dataset))]     # without their time
     made_of = {"data_content": digest_of(datasets), "image_content": digest_of([], json.dumps(sizes))}
-    return Stage(module, batch, tensors, sample, save, made_of, stays_frozen=False)
+    return Stage(module, batch, tensors, sample, lambda out, state: vqgan.save_pretrained(out), made_of,
+                 stays_frozen=False)
 
 
 # ----------------------------------------------------------------------------- the stages that predict tokens
@@ -338,7 +322,7 @@ def place(model: MARS, c: TokenStage, ranks: Distributed) -> MARS:
     return model if c.shard else model.to(ranks.device)
 
 
-def next_token_stage(c: TokenStage, ranks: Distributed, model: MARS, tokenizer, vqgan: VQGAN | None,
+def next_token_stage(c: TokenStage, model: MARS, tokenizer, vqgan: VQGAN | None,
                      example: Callable[[random.Random], Example], sample, *, offset: bool = False,
                      names: list[str] = (), **made_of) -> Stage:
     """Eq. 1 and 2 over a step's sequences. offset: heads 2 to K are asked at every K-th position, as in sampling;
@@ -349,20 +333,18 @@ def next_token_stage(c: TokenStage, ranks: Distributed, model: MARS, tokenizer, 
         return [example(rng) for _ in range(c.batch)]
 
     def tensors(examples: list[Example], rng: random.Random) -> tuple[Tensor, Tensor]:
-        tokens, is_target = collate([example.content for example in examples], vocabulary.special("<pad>"))
+        tokens, is_target = collate([sequence for _, sequence in examples], vocabulary.special("<pad>"))
         return tokens, targets_of(tokens, is_target, vocabulary, k, rng.randrange(k) if offset else None)
 
-    def save(out: Path) -> None:
+    def save(out: Path, state: dict[str, Tensor]) -> None:
         """Writes all that `generate.py` needs: the model, the text tokenizer and, in vqgan/, the image tokenizer."""
-        state = full_state(model)["model"]
-        if ranks.is_main:
-            dtype = torch.bfloat16 if c.save_bf16 else kept
-            model.save_pretrained(out, {name: tensor.to(dtype) for name, tensor in state.items()})
-            tokenizer.save_pretrained(out)
-            if vqgan:
-                vqgan.save_pretrained(out / "vqgan")
-            if names:
-                write_text(out / "names.txt", "\n".join(names) + "\n")
+        dtype = torch.bfloat16 if c.save_bf16 else kept
+        model.save_pretrained(out, {name: tensor.to(dtype) for name, tensor in state.items()})
+        tokenizer.save_pretrained(out)
+        if vqgan:
+            vqgan.save_pretrained(out / "vqgan")
+        if names:
+            write_text(out / "names.txt", "\n".join(names) + "\n")
     text = tokenizer.model if isinstance(tokenizer, TextTokenizer) else repr(sorted(tokenizer.files.items())).encode()
     made_of |= {"text_tokenizer": hashlib.sha256(text).hexdigest()}
     return Stage(model, batch, tensors, sample, save, made_of, vocabulary.size)
@@ -372,7 +354,7 @@ def text_stage(c: TextStage, ranks: Distributed) -> Stage:
     """Not in the paper: pre-trains a small language model on `text.txt` of the data, or else on its captions."""
     texts = []
     for path in c.data:
-        if (path / "text.txt").is_file():
+        if (path / "text.txt").exists():
             texts += [line for line in read_text(path / "text.txt").split("\n") if line.strip()]
         else:
             dataset = open_dataset(path)
@@ -380,6 +362,8 @@ def text_stage(c: TextStage, ranks: Distributed) -> Stage:
                       for caption in dataset.captions(i)]
     if not texts:
         raise ValueError(f"{c.data[0]}: no text in it; expected captions, or text.txt with a document a line")
+    if c.text_seq_len > c.max_seq_len:
+        raise ValueError(f"text_seq_len is {c.text_seq_len}, expected at most max_seq_len, {c.max_seq_len}")
     tokenizer = TextTokenizer.train(texts, c.text_vocab)
     ffn_width = round(c.width * 2.6875 / 16) * 16                  # Qwen-7B's is 2.69 times its width
     config = MARSConfig(width=c.width, heads=c.heads, kv_heads=c.heads, head_width=c.width // c.heads,
@@ -389,8 +373,8 @@ def text_stage(c: TextStage, ranks: Distributed) -> Stage:
     def example(rng: random.Random) -> Example:
         text = rng.choice(texts)
         ids = [*tokenizer.encode(text), tokenizer.eos][:c.text_seq_len]
-        return Example(repr(text[:60]), Sequence(ids, [True] * len(ids)))
-    return next_token_stage(c, ranks, model, tokenizer, None, example, lambda path: {},
+        return repr(text[:60]), Sequence(ids, [True] * len(ids))
+    return next_token_stage(c, model, tokenizer, None, example, lambda path: {},
                             data_content=digest_of([], *texts))
 
 
@@ -411,6 +395,8 @@ def stage1(c: Stage1, ranks: Distributed) -> Stage:
 def stage2(c: Stage2, ranks: Distributed) -> Stage:
     """Sec. 3.4, Stage II: images keep their aspect ratio, captions name the size in pixels."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
+    if earlier.config.long_side:
+        raise ValueError(f"{c.init}: weights of stage3, expected those of stage1 or stage2")
     encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution, c.max_aspect), "tokens", ranks)
     model = MARS.grow(earlier, sizes=sizes_of(encoded, vqgan))
     return pair_stage(c, ranks, model, vqgan, tokenizer, encoded, init_content=fingerprint(earlier))
@@ -422,6 +408,7 @@ def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, toke
     model, vocabulary = place(model.freeze_language(), c, ranks), model.vocabulary
     longest = max(h * w for images in encoded for h, w in images.shapes)
     pool = Pool(c, ranks, encoded, tokenizer, model.config.max_seq_len, longest)
+    prompts = pool.read_prompts(c.prompts, tokenizer) if c.prompts else []
 
     def make(images: EncodedImages, i: int, rng: random.Random, captioning_ratio: float, drop: float) -> Example:
         caption, tokens = pool.caption(images, i, rng), images[i]
@@ -431,7 +418,7 @@ def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, toke
         else:
             dropped = caption is None or rng.random() < drop
             content = text_to_image(None if dropped else tokenizer.encode(caption), tokens, vocabulary, size)
-        return Example(images.name(i), content)
+        return images.name(i), content
 
     def example(rng: random.Random) -> Example:
         return make(*pool.draw(rng), rng, c.captioning_ratio, c.caption_drop)
@@ -439,42 +426,25 @@ def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, toke
     def sample(path: Path) -> dict[str, float]:
         """Writes images of sixteen captions below their originals, or of --prompts -> the loss on held-out images."""
         if ranks.is_main and not c.shard:
-            write_samples(c, path, Pipeline(model, vqgan, tokenizer), pool)
+            write_samples(Pipeline(model, vqgan, tokenizer), pool, path, c.seed, prompts)
         rng = random.Random(c.seed)
         held_out = [make(*rng.choice(pool.held_out), rng, 0, 0) for _ in range(64)] if pool.held_out else []
         if not held_out:
             return {}
         inputs = stage.tensors(held_out, rng)
         return {"held_out_loss": float(model(*(x.to(ranks.device) for x in inputs)))}
-    stage = next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, names=pool.names(), **made_of,
+    stage = next_token_stage(c, model, tokenizer, vqgan, example, sample, names=pool.names(), **made_of,
                              data_content=digest_of(encoded))
     return stage
-
-
-def write_samples(c: PairStage, path: Path, pipeline: Pipeline, pool: Pool) -> None:
-    """Draws what a stage has learned: a grid with each original above its image, and the prompts as a text file."""
-    chosen = [] if c.prompts else pool.some(16, c.seed)
-    prompts = [text for *_, text in chosen]
-    if c.prompts:
-        prompts = [line for line in read_text(c.prompts).split("\n") if line.strip()]
-    if not prompts:
-        return
-    originals = [image_of(pipeline.vqgan, images, i) for images, i, _ in chosen]
-    sizes = [image.size[::-1] for image in originals] or [pipeline.sizes[0]] * len(prompts)
-    drawn = {}
-    for size in set(sizes):
-        rows = [j for j in range(len(prompts)) if sizes[j] == size]
-        drawn |= zip(rows, pipeline.text_to_image([prompts[j] for j in rows], Sampling(), rows, size=size))
-    drawn = [drawn[j] for j in range(len(prompts))]
-    rows = [part[j:j + 8] for j in range(0, len(prompts), 8) for part in (originals, drawn)]
-    save_image(grid([image for row in rows for image in row]), path.with_suffix(".png"))
-    write_text(path.with_suffix(".txt"), "\n".join(prompts) + "\n")
 
 
 def stage3(c: Stage3, ranks: Distributed) -> Stage:
     """Sec. 3.4, Stage III: weights of its own that start as Stage II's; caption, small image, large image."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
-    side = vqgan.config.resolution
+    side, tokens = vqgan.config.resolution, (c.long_side // vqgan.factor) ** 2
+    if c.long_side < side or tokens > earlier.config.max_seq_len:
+        raise ValueError(f"long_side is {c.long_side}, expected at least {side}, and images of less than max_seq_len, "
+                         f"{earlier.config.max_seq_len}, tokens; they have {tokens} or more")
     small = encode_all(c, vqgan, Resize(side, c.max_aspect), "tokens-small", ranks)
     large = encode_all(c, vqgan, Resize(side, c.max_aspect, c.long_side), "tokens-large", ranks)
     model = MARS.grow(earlier, k=c.k, sizes=sizes_of(small, vqgan), long_side=c.long_side,
@@ -492,8 +462,8 @@ def stage3(c: Stage3, ranks: Distributed) -> Stage:
         caption = pool.caption(images, i, rng)
         dropped = caption is None or rng.random() < c.caption_drop
         size = tokenizer.encode(size_text(*(n * vqgan.factor for n in tokens.shape)))
-        return Example(images.name(i), text_to_image(None if dropped else tokenizer.encode(caption), tokens, vocabulary,
-                                                     size, low))
+        caption = None if dropped else tokenizer.encode(caption)
+        return images.name(i), text_to_image(caption, tokens, vocabulary, size, low)
 
     def sample(path: Path) -> dict[str, float]:
         """Enlarges eight training images -> PSNR of ours and of bicubic scaling; writes bicubic, ours, originals."""
@@ -507,7 +477,7 @@ def stage3(c: Stage3, ranks: Distributed) -> Stage:
         save_image(grid([*plain, *ours, *truth], columns=len(chosen)), path.with_suffix(".png"))
         mean = lambda images: sum(map(psnr, images, truth)) / len(truth)
         return {"psnr": mean(ours), "psnr_bicubic": mean(plain)}
-    return next_token_stage(c, ranks, model, tokenizer, vqgan, example, sample, offset=True,
+    return next_token_stage(c, model, tokenizer, vqgan, example, sample, offset=True,
                             data_content=digest_of(small + large), init_content=fingerprint(earlier))
 
 
@@ -515,36 +485,25 @@ def joint_stage(c: Joint, ranks: Distributed) -> Stage:
     """Sec. 4.6: goes on from Stage I or II, on recipes. The language side trains too, for it has to: the steps come
     before every image, so by causality no visual weight can change what is written there."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
-    before, room = fingerprint(earlier), earlier.config.max_seq_len
+    if earlier.config.long_side:
+        raise ValueError(f"{c.init}: weights of stage3, expected those of stage1 or stage2")
+    before = fingerprint(earlier)
     encoded = encode_all(c, vqgan, Resize(vqgan.config.resolution), "tokens", ranks)
     model = place(earlier.requires_grad_(True), c, ranks)
-    examples, bad = [], []
-    for path, images in zip(c.data, encoded):
-        at = {images.name(i): i for i in images.valid}
-        for recipe in (recipe for recipe in open_recipes(path) if in_training(recipe.facts)):
-            missing = [name for name in recipe.images if name not in at]
-            content = None if missing else joint(
-                tokenizer.encode(recipe.title + "\n"), tokenizer.encode(recipe.text),
-                [images[at[name]] for name in recipe.images], model.vocabulary, tokenizer.eos)
-            if missing:
-                bad.append((recipe.title, f"its image {missing[0]} is not among those of {path}"))
-            elif len(content.tokens) > room:
-                bad.append((recipe.title, f"a recipe of {len(content.tokens)} tokens, expected at most {room}"))
-            else:
-                examples.append(Example(recipe.title, content))
-    leave_out(c, bad, ranks)
-    if not examples:
-        raise ValueError(f"{c.data[0]}: no recipe to train on is left")
+    sequence = lambda recipe, images: joint(tokenizer.encode(title_text(recipe.title)), tokenizer.encode(recipe.text),
+                                            images, model.vocabulary, tokenizer.eos)
+    examples = recipes_of(c, encoded, sequence, model.config.max_seq_len, ranks)
 
     def sample(path: Path) -> dict[str, float]:
         """Writes four recipes as pages."""
         if ranks.is_main and not c.shard:
-            titles = [random.Random(f"{c.seed}/{j}").choice(examples).name for j in range(4)]
+            titles = [random.Random(f"{c.seed}/{j}").choice(examples)[0] for j in range(4)]
             for j, page in enumerate(Pipeline(model, vqgan, tokenizer).interleaved(titles)):
                 write_page(path / f"{j}.md", titles[j], *page)
         return {}
-    return next_token_stage(c, ranks, model, tokenizer, vqgan, lambda rng: rng.choice(examples), sample,
-                            init_content=before, data_content=digest_of(encoded, *map(repr, examples)))
+    contents = [f"Example(name={name!r}, content={content!r})" for name, content in examples]
+    return next_token_stage(c, model, tokenizer, vqgan, lambda rng: rng.choice(examples), sample,
+                            init_content=before, data_content=digest_of(encoded, *contents))
 
 
 # ----------------------------------------------------------------------------- presets and the command line
@@ -573,27 +532,26 @@ PRESETS = {
         "vqgan": dict(steps=500_000, batch=64, lr=1e-4),
         "stage1": dict(steps=48_000, batch=4096, lr=1e-4),
         "stage2": dict(steps=24_000, batch=4096, lr=1e-4),
-        "stage3": dict(steps=6_500, batch=1536, lr=1e-4, long_side=1024, k=4)},
+        "stage3": dict(steps=6_500, batch=1536, lr=1e-4, long_side=1024, max_aspect=1.75, k=4)},
 }
 
 
 def read_flags(arguments: list[str]) -> tuple[str, TrainConfig, str]:
     """The command line -> the stage's name, its settings, and the preset's name."""
-    first = Parser(add_help=False)
+    first = Parser("train.py", add_help=False)
     first.add_argument("--preset", default="emoji")
     preset = first.parse_known_args(arguments)[0].preset
     parser = Parser("train.py", description="Trains one stage of MARS, or all of a preset in a row.")
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name, (kind, _) in (STAGES | {"all": (TrainConfig, None)}).items():
+    kinds = {name: kind for name, (kind, _) in STAGES.items()} | {"all": TrainConfig}
+    for name, kind in kinds.items():
         sub = stages.add_parser(name, help=kind.__doc__.splitlines()[0])
         sub.add_argument("--preset", choices=PRESETS, default="emoji", help="settings of each stage, see PRESETS")
-        add_flags(sub, kind)
-        sub.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
+        add_flags(sub, kind, **PRESETS.get(preset, {}).get(name, {}))
     values = parser.parse_args(arguments)
     if values.stage not in {"all", *PRESETS[preset]}:
         parser.error(f"preset {preset!r} has no stage {values.stage}, expected one of {', '.join(PRESETS[preset])}")
-    kind = STAGES[values.stage][0] if values.stage in STAGES else TrainConfig
-    return values.stage, build(kind, values, stages.choices[values.stage]), preset
+    return values.stage, build(kinds[values.stage], values, stages.choices[values.stage]), preset
 
 
 def run_all(arguments: list[str], config: TrainConfig, preset: str, ranks: Distributed) -> None:

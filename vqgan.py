@@ -7,7 +7,7 @@ becomes an image again. Names and shapes of all parameters are those of open-mus
 Shapes: B batch, C channels, H, W pixels, h = H / factor and w = W / factor the latent grid, d width of an entry,
 V entries of the codebook, N = B * h * w latent vectors.
 """
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_pickled, load_tensors, save_folder
-from config import check, setting
+from config import check, from_json, setting
 from files import read_json
 
 
@@ -53,17 +53,18 @@ class VQGANConfig:
         return self.stem * 2 ** (len(self.channel_mult) - 1)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "VQGANConfig":
-        """From a config.json, ours or open-muse's. Raises ValueError for a key that is neither a field nor known to
-        change nothing here."""
+    def from_dict(cls, values: dict, where="config.json") -> "VQGANConfig":
+        """From a config.json, ours or open-muse's. Raises ValueError, one line, for a key that is neither a field nor
+        known to change nothing here."""
         known, computed = {field.name for field in fields(cls)}, {"num_resolutions", "reduction_factor", "latent_size"}
         fixed = {"dropout": 0, "resample_with_conv": True, "decoder_res_blocks": None, "extra_mid_res_blocks": None,
                  "decoder_hidden_channels": None, "decoder_channel_mult": None}
         for key, value in values.items():
-            fits = key in known | computed or key.startswith("_") or (key in fixed and value == fixed[key])
-            if not fits:
-                raise ValueError(f'{key} = {value!r} is not supported, expected the keys {", ".join(sorted(known))}')
-        return cls(**{key: value for key, value in values.items() if key in known})
+            if not (key in known | computed or key.startswith("_") or (key in fixed and value == fixed[key])):
+                raise ValueError(f"{where}: {key} = {value!r} is not supported, expected the keys "
+                                 + ", ".join(sorted(known)))
+        given = {key: value for key, value in values.items() if key in known}
+        return from_json(cls, asdict(cls()) | given, where)
 
 
 # ----------------------------------------------------------------------------- encoder and decoder (taming)
@@ -72,32 +73,34 @@ class PositionNorm(nn.GroupNorm):
     """Not in the paper: a norm over the channels of each position by itself. Group norm also mixes all positions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)                                                       # (B, H, W, C)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        x = x.movedim(1, -1)                                                            # (B, H, W, C)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).movedim(-1, 1)
 
 
-def norm(channels: int, config: VQGANConfig, local: bool) -> nn.GroupNorm:
+def norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
     """Sec. 3.3 (taming): group norm; a local encoder has a norm of each position instead."""
-    return (PositionNorm if local else nn.GroupNorm)(config.norm_groups, channels, eps=1e-6)
+    return (PositionNorm if config.local_encoder else nn.GroupNorm)(config.norm_groups, channels, eps=1e-6)
+
+
+def conv(c_in: int, c_out: int, config: VQGANConfig) -> nn.Conv2d:
+    """Sec. 3.3 (taming): a 3x3 convolution that keeps the resolution; 1x1 in a local encoder."""
+    kernel = 1 if config.local_encoder else 3
+    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 
 class ResBlock(nn.Module):
-    """Sec. 3.3 (taming): two 3x3 convolutions around a bypass; 1x1 in a local encoder."""
+    """Sec. 3.3 (taming): two convolutions around a bypass."""
 
-    def __init__(self, c_in: int, c_out: int, config: VQGANConfig, local: bool):
+    def __init__(self, c_in: int, c_out: int, config: VQGANConfig):
         super().__init__()
-        kernel, padding = (1, 0) if local else (3, 1)
-        self.norm1 = norm(c_in, config, local)
-        self.conv1 = nn.Conv2d(c_in, c_out, kernel, padding=padding)
-        self.norm2 = norm(c_out, config, local)
-        self.conv2 = nn.Conv2d(c_out, c_out, kernel, padding=padding)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.norm1, self.conv1 = norm(c_in, config), conv(c_in, c_out, config)
+        self.norm2, self.conv2 = norm(c_out, config), conv(c_out, c_out, config)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, C_in, H, W)
         y = self.conv1(F.silu(self.norm1(x)))                                           # (B, C_out, H, W)
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return y + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -105,7 +108,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, config: VQGANConfig):
         super().__init__()
-        self.norm = norm(channels, config, local=False)
+        self.norm = norm(channels, config)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, C, H, W)
@@ -132,32 +135,32 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """Sec. 3.3 (taming): the blocks at one resolution, and the way to the next."""
 
-    def __init__(self, config: VQGANConfig, c_in: int, c_out: int, blocks: int, level: int, up: bool, local: bool):
+    def __init__(self, config: VQGANConfig, c_in: int, c_out: int, level: int, up: bool):
         super().__init__()
         side = config.resolution // 2 ** level       # it decides on attention, whatever the size of the actual input
-        attention = side in config.attn_resolutions and not local
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config, local) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(blocks if attention else 0))
+        attention = side in config.attn_resolutions and not config.local_encoder
+        last = level == (0 if up else len(config.channel_mult) - 1)
+        blocks = config.num_res_blocks + up          # the decoder has one more
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in range(blocks))
         self.resample = "upsample" if up else "downsample"
-        if level != (0 if up else len(config.channel_mult) - 1):
-            self.add_module(self.resample, Resample(c_out, up))
+        self.add_module(self.resample, nn.Identity() if last else Resample(c_out, up))
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, C_in, H, W)
-        for i, block in enumerate(self.block):
-            x = block(x)                                                                # (B, C_out, H, W)
-            if self.attn:
-                x = self.attn[i](x)
-        return getattr(self, self.resample)(x) if hasattr(self, self.resample) else x
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))                                                          # (B, C_out, H, W)
+        return getattr(self, self.resample)(x)
 
 
 class Middle(nn.Module):
     """Sec. 3.3 (taming): two residual blocks with attention between them, at the latent resolution."""
 
-    def __init__(self, config: VQGANConfig, channels: int, local: bool):
+    def __init__(self, config: VQGANConfig, channels: int):
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, config, local)
-        self.attn_1 = nn.Identity() if config.no_attn_mid_block or local else AttnBlock(channels, config)
-        self.block_2 = ResBlock(channels, channels, config, local)
+        attention = not (config.no_attn_mid_block or config.local_encoder)
+        self.block_1 = ResBlock(channels, channels, config)
+        self.attn_1 = AttnBlock(channels, config) if attention else nn.Identity()
+        self.block_2 = ResBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, C, h, w)
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -173,16 +176,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        local, widths = config.local_encoder, [config.hidden_channels * m for m in config.channel_mult]
-        kernel, padding = (1, 0) if local else (3, 1)
-        self.stem, channels = config.stem, config.num_channels * config.stem ** 2
-        self.conv_in = nn.Conv2d(channels, config.hidden_channels, kernel, padding=padding)
-        self.down = nn.ModuleList(
-            Level(config, c_in, c_out, config.num_res_blocks, level, up=False, local=local)
-            for level, (c_in, c_out) in enumerate(zip([config.hidden_channels] + widths, widths)))
-        self.mid = Middle(config, widths[-1], local)
-        self.norm_out = norm(widths[-1], config, local)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, kernel, padding=padding)
+        widths, self.stem = [config.hidden_channels * m for m in config.channel_mult], config.stem
+        self.conv_in = conv(config.num_channels * config.stem ** 2, config.hidden_channels, config)
+        self.down = nn.ModuleList(Level(config, c_in, c_out, level, up=False) for level, (c_in, c_out)
+                                  in enumerate(zip([config.hidden_channels, *widths], widths)))
+        self.mid = Middle(config, widths[-1])
+        self.norm_out, self.conv_out = norm(widths[-1], config), conv(widths[-1], config.z_channels, config)
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, 3, H, W)
         x = self.conv_in(F.pixel_unshuffle(x, self.stem))                               # (B, C, H, W), less the stem
@@ -196,15 +195,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = [config.hidden_channels * m for m in config.channel_mult]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(config, widths[-1], local=False)
-        self.up = nn.ModuleList(
-            Level(config, c_in, c_out, config.num_res_blocks + 1, level, up=True, local=False)
-            for level, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)))
-        self.norm_out = norm(widths[0], config, local=False)
-        self.stem = config.stem
-        self.conv_out = nn.Conv2d(widths[0], config.num_channels * config.stem ** 2, 3, padding=1)
+        config = replace(config, local_encoder=False)
+        widths, self.stem = [config.hidden_channels * m for m in config.channel_mult], config.stem
+        self.conv_in = conv(config.z_channels, widths[-1], config)
+        self.mid = Middle(config, widths[-1])
+        self.up = nn.ModuleList(Level(config, c_in, c_out, level, up=True) for level, (c_in, c_out)
+                                in enumerate(zip([*widths[1:], widths[-1]], widths)))
+        self.norm_out = norm(widths[0], config)
+        self.conv_out = conv(widths[0], config.num_channels * config.stem ** 2, config)
 
     def forward(self, x: Tensor) -> Tensor:                                             # (B, z_channels, h, w)
         x = self.mid(self.conv_in(x))                                                   # (B, C, h, w)
@@ -220,21 +218,21 @@ class Codebook(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
+        V = config.num_embeddings
         # from_pretrained: filling an nn.Embedding with noise on the meta device would import torch._dynamo, 2 seconds
-        entries = torch.empty(config.num_embeddings, config.quantized_embed_dim)
-        self.embedding = nn.Embedding.from_pretrained(entries, freeze=False)
-        nn.init.uniform_(self.embedding.weight, -1 / config.num_embeddings, 1 / config.num_embeddings)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(V, config.quantized_embed_dim), freeze=False)
+        nn.init.uniform_(self.embedding.weight, -1 / V, 1 / V)
 
     def lookup(self, tokens: Tensor) -> Tensor:                                         # (B, h, w)
         """Image tokens -> their entries."""
-        return self.embedding(tokens).permute(0, 3, 1, 2)                               # (B, d, h, w)
+        return self.embedding(tokens).movedim(-1, 1)                                    # (B, d, h, w)
 
     @torch.no_grad()
     def nearest(self, z: Tensor, rows: int = 1024) -> Tensor:                           # (B, d, h, w)
         """argmin over e of |z - e|^2 = |z|^2 - 2 z.e + |e|^2; |z|^2 decides nothing. `rows` bounds the memory."""
         codebook = self.embedding.weight.float()                                        # (V, d)
         squares = codebook.square().sum(dim=1)                                          # (V,)
-        z_flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])                  # (N, d)
+        z_flat = z.float().movedim(1, -1).flatten(0, -2)                                # (N, d)
         tokens = [torch.addmm(squares, part, codebook.T, alpha=-2).argmin(dim=1) for part in z_flat.split(rows)]
         return torch.cat(tokens).view(z.shape[0], *z.shape[2:])                         # (B, h, w)
 
@@ -244,15 +242,10 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        self.config = config
+        self.config, self.factor = config, config.factor           # pixels a token, along a side
         self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Codebook(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.quantized_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.quantized_embed_dim, config.z_channels, 1)
-
-    @property
-    def factor(self) -> int:
-        """Pixels a token, along a side."""
-        return self.config.factor
 
     def latents(self, pixels: Tensor) -> Tensor:                                        # (B, 3, H, W)
         """Pixels -> what the codebook is asked for. Raises ValueError, one line, for another shape than it can take."""
@@ -295,17 +288,12 @@ class VQGAN(nn.Module):
         its image tokenizer in `vqgan`. float32, whatever the file holds. Raises ValueError, one line, for a bad one."""
         folder = Path(folder)
         folder = folder / "vqgan" if (folder / "vqgan").is_dir() else folder
-        values = read_json(folder / "config.json")
-        try:
-            config = VQGANConfig.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: not a VQGAN configuration: {error}") from None
+        path, label = folder / "model.safetensors", folder / "config.json"
         with torch.device("meta"):
-            vqgan = cls(config)
-        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin", "last.ckpt")]
-        path = next((path for path in files if path.is_file()), files[0])
-        if path == files[0]:
-            load_tensors(path, vqgan, device)
+            vqgan = cls(VQGANConfig.from_dict(read_json(label), label))
+        pickled = [folder / name for name in ("pytorch_model.bin", "last.ckpt") if (folder / name).is_file()]
+        if pickled and not path.is_file():
+            load_pickled(pickled[0], vqgan, device, unused="loss.")
         else:
-            load_pickled(path, vqgan, device, unused="loss.")
+            load_tensors(path, vqgan, device)
         return vqgan.float().eval()

@@ -38,13 +38,6 @@ class Discriminator(nn.Sequential):
                 nn.init.normal_(layer.weight, std=0.02)
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Not in the paper: the tensor summed over torchrun's processes, each with its part of a batch; alone, itself."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
 class VQGANLoss(nn.Module):
     """Sec. 3.3 (VQ-GAN): reconstruction, codebook and commitment losses and, from `gan_start` on, a hinge GAN.
 
@@ -65,7 +58,7 @@ class VQGANLoss(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:                                        # (B, 3, H, W)
         """-> the loss to back-propagate."""
-        s, step, tokens = self.settings, int(self.step), None
+        s, step = self.settings, int(self.step)
         if step < s.warm_up:
             reconstruction = self.vqgan.decode_latents(self.vqgan.latents(pixels))      # (B, 3, H, W)
             codebook_loss = pixels.new_zeros(())
@@ -83,7 +76,7 @@ class VQGANLoss(nn.Module):
         loss = rec_loss + codebook_loss
         if self.discriminator is not None and step >= s.gan_start:
             loss = loss + self.gan(pixels, reconstruction, rec_loss)
-        if tokens is not None:
+        if step >= s.warm_up:
             self.count(z.detach().float(), tokens)
         self.step += 1
         return loss
@@ -103,13 +96,15 @@ class VQGANLoss(nn.Module):
 
     @torch.no_grad()
     def count(self, z: Tensor, tokens: Tensor) -> None:                                 # (B, d, h, w), (B, h, w)
-        """Counts what this batch used, moves the averages, and restarts what nothing uses."""
+        """Counts what this batch used, over all processes, moves the averages, and restarts what nothing uses."""
         s, entries = self.settings, self.vqgan.quantize.embedding.weight                # (V, d)
-        counts = all_reduce(torch.bincount(tokens.flatten(), minlength=len(entries)).float())         # (V,)
+        counts = torch.bincount(tokens.flatten(), minlength=len(entries)).float()       # (V,)
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, tokens.flatten(), z.movedim(1, -1).flatten(0, -2))
+        if distributed.is_initialized():
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)                                                # (V, d)
         self.usage += counts
         if s.ema:
-            z_flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])                      # (N, d)
-            sums = all_reduce(torch.zeros_like(self.ema_sum).index_add_(0, tokens.flatten(), z_flat))     # (V, d)
             self.ema_count.lerp_(counts, 1 - s.ema)
             self.ema_sum.lerp_(sums, 1 - s.ema)
             mean = self.ema_sum / self.ema_count.clamp_min(1e-5)[:, None]
@@ -117,17 +112,16 @@ class VQGANLoss(nn.Module):
         if s.restart_every and (int(self.step) + 1) % s.restart_every == 0:
             self.restart(z, self.usage == 0)
             self.usage.zero_()
-        p = counts / counts.sum()
         self.logs |= {"usage": (counts > 0).float().mean().item(),
-                      "perplexity": torch.special.entr(p).sum().exp().item()}
+                      "perplexity": torch.special.entr(counts / counts.sum()).sum().exp().item()}
 
     @torch.no_grad()
     def restart(self, z: Tensor, dead: Tensor) -> None:                                 # (B, d, h, w), (V,)
         """Not in the paper: puts unused entries where latents of this batch are served worst, drawn by their error.
         Of several processes the first draws, from its part of the batch."""
         codebook, z = self.vqgan.quantize, z.float()
-        z_flat, where = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).unique(dim=0, return_inverse=True)
         error = (z - codebook.lookup(codebook.nearest(z))).square().sum(dim=1).flatten()              # (N,)
+        z_flat, where = z.movedim(1, -1).flatten(0, -2).unique(dim=0, return_inverse=True)
         error = torch.ones_like(error) if dead.all() else error
         error = torch.zeros(len(z_flat), device=z.device).scatter_(0, where, error)     # of each distinct latent
         n = min(int(dead.sum()), int((error > 0).sum()))

@@ -1,7 +1,6 @@
-"""Not in the paper: the loss curves of training runs, from what train.py wrote into their metrics.jsonl.
+"""Not in the paper: the curves of training runs, a panel each, from the metrics.jsonl that train.py wrote.
 
     python -m experiments.plot runs/text runs/stage1 --out curves.png          (pip install matplotlib)
-    python -m experiments.plot runs/text runs/stage1 --json                    the points as text, without matplotlib
 """
 import json
 from dataclasses import dataclass
@@ -10,41 +9,51 @@ from pathlib import Path
 from config import ends_in_one_line, parse, setting
 from files import read_text
 
+VALUES = ("loss", "held_out_loss", "psnr_train", "psnr_held_out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draws the loss of training runs."""
+    """Draws the curves of training runs."""
     runs: tuple[Path, ...] = setting(help="--out of train.py, each", metavar="RUN", nargs="+")
-    smooth: int = setting(100, "steps that a point is the mean of", least=1)
-    json: bool = setting(False, "print {run: [[step, loss], ...]} instead")
     out: Path = setting(Path("curves.png"), "the image to write", aliases=("-o",))
 
 
-def curve(run: Path, smooth: int) -> list[tuple[int, float]]:
-    """(step, loss) of a run, a point for every `smooth` steps. Raises ValueError, one line, where there is no run."""
-    rows = [json.loads(line) for line in read_text(run / "metrics.jsonl").splitlines()]
-    parts = [rows[i:i + smooth] for i in range(0, len(rows), smooth)]
-    return [(part[-1]["step"], sum(row["loss"] for row in part) / len(part)) for part in parts]
+def curves(run: Path, most: int = 60) -> dict[str, list[tuple[int, float]]]:
+    """Each of VALUES that a run noted -> (steps done, mean of the last steps), at most so many points. Raises
+    ValueError, one line, where there is no run."""
+    found, lines = {}, read_text(run / "metrics.jsonl").split("\n")
+    rows = [json.loads(line) for line in lines if line.endswith("}")]            # a run may be writing the last one
+    for name in VALUES:
+        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
+        size = -(-len(points) // most) or 1
+        parts = [points[i:i + size] for i in range(0, len(points), size)]
+        found[name] = [(part[-1][0], round(sum(value for _, value in part) / len(part), 4)) for part in parts]
+    return {name: points for name, points in found.items() if points}
+
+
+def draw(runs: dict[str, dict]):
+    """A matplotlib figure of the curves of each run: PSNR where there is one, else the loss."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is missing: pip install matplotlib") from None
+    figure = Figure(figsize=(3.4 * len(runs), 2.8), layout="constrained")
+    for axes, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        trained, held_out = VALUES[2:] if VALUES[2] in run else VALUES[:2]
+        axes.plot(*zip(*run[trained]), color="#0072b2", label="training")
+        axes.plot(*zip(*run.get(held_out, [(0, float("nan"))])), "--", color="#d55e00", label="held out")
+        axes.set(title=name, xlabel="step", ylabel="PSNR in dB" if trained == VALUES[2] else "loss")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     with ends_in_one_line("plot.py"):
         c = parse(PlotConfig, arguments, program="plot.py")
-        curves = {str(run): curve(run, c.smooth) for run in c.runs}
-        if c.json:
-            return print(json.dumps(curves))
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ValueError("matplotlib is missing: pip install matplotlib, or --json for text") from None
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for name, points in curves.items():
-            axes.plot(*zip(*points), label=name)
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
-        figure.savefig(c.out, dpi=110)
+        draw({str(run): curves(run) for run in c.runs}).savefig(c.out, dpi=110)
         print(f"wrote {c.out}")
 
 

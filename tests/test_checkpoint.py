@@ -340,8 +340,8 @@ def test_a_checkpoint_comes_back_and_the_newest_two_are_kept(tmp_path):
         save_checkpoint(tmp_path, step, state(step))
     assert [path.name for _, path in checkpoints(tmp_path)] == ["checkpoint-000002.pt", "checkpoint-000003.pt"]
     assert equal(load_checkpoint(tmp_path), state(3))
-    save_checkpoint(tmp_path, 4, state(4), keep=1)
-    assert [step for step, _ in checkpoints(tmp_path)] == [4]
+    save_checkpoint(tmp_path, 4, state(4))
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
 
 
 def test_numbers_in_names_compare_as_numbers_and_only_our_names_count(tmp_path):

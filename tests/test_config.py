@@ -69,7 +69,8 @@ def test_whole_numbers_become_floats_lists_tuples_and_texts_paths():
     ({"levels": 3}, "levels is 3, expected a list"),
     ({"levels": None}, "levels is None, expected a list"),
     ({"fast": 1}, "fast is 1, expected true or false"),
-    ({"out": 3}, "out is 3, expected a path")])
+    ({"out": 3}, "out is 3, expected a path"),
+    ({"out": "a\0b"}, "expected a path")])
 def test_a_value_of_another_type_or_out_of_bounds_is_refused_by_name(values, message):
     refused(lambda: Settings(prompt="a", **values), message)
 
@@ -90,6 +91,17 @@ def test_flags_are_made_from_the_fields():
     assert parse(Settings, "a --save-every 7 --levels 3 4 --fast --size 16 --out b".split()) == \
         Settings(prompt="a", save_every=7, levels=(3, 4), fast=True, size=16, out=Path("b"))
     assert parse(Settings, ["a", "--every", "2"]).save_every == 2
+
+
+def test_a_switch_that_a_preset_sets_can_be_switched_off_and_help_says_so(capsys):
+    parser = Parser("x.py")
+    add_flags(parser, Settings, fast=True, steps=9)
+    assert parser.parse_args(["a"]).fast and parser.parse_args(["a"]).steps == 9
+    assert not parser.parse_args(["a", "--no-fast"]).fast and parser.parse_args(["a", "--no-fast", "--fast"]).fast
+    printed = " ".join(parser.format_help().split())
+    assert "one of two" in printed and "several numbers" in printed and "(default: 9)" in printed
+    assert "--no-fast not --fast" in printed
+    assert not parse(Settings, ["a", "--fast", "--no-fast"]).fast
 
 
 def test_help_says_every_flag_and_its_default(capsys):

@@ -168,9 +168,11 @@ def test_resize_keeps_the_middle_and_pixels_come_back():
 
 @pytest.mark.parametrize("size, resize, expected", [
     ((300, 100), Resize(64), (64, 64)),                                                 # Stage I
-    ((150, 100), Resize(64, 2.0), (64, 96)),                               # Stage II
-    ((100, 900), Resize(64, 2.0), (128, 64)),                              # at most twice as long
-    ((150, 100), Resize(64, 2.0, 256), (168, 256)),              # Stage III
+    ((150, 100), Resize(64, 2.0), (64, 96)),                                            # Stage II
+    ((100, 900), Resize(64, 2.0), (128, 64)),                                           # at most twice as long
+    ((100, 100), Resize(64, 2.0, 128), (128, 128)),                                     # Stage III
+    ((150, 100), Resize(64, 2.0, 128), (128, 192)),                                     # as many times as a square
+    ((100, 200), Resize(64, 2.0, 256), (512, 256)),
 ])
 def test_each_stage_has_its_sizes(size, resize, expected):
     assert resize.size(Image.new("RGB", size), 8) == expected
@@ -252,15 +254,15 @@ def test_captions_are_found_in_side_files_and_in_tars(tmp_path, kind):
     ('{"file_name": "a.png", "text": [1]}', 'line 2: "text" must be a string'),
     ('{"file_name": "a.png", "text": "\\ud800"}', "line 2: the text"),
     ("[" * 100_000, "line 2: not JSON"),
-    (line("b.png"), "b.png: no such file"),
+    (line("b.png"), "b.png: not found"),
     (line("../a.png"), "leaves the folder"),
     (line("x/../../a.png"), "leaves the folder"),
     (line("/etc/passwd"), "leaves the folder"),
     (line("link.png"), "leaves the folder"),
     (line("fifo.png"), "not a regular file"),
     (line("/dev/zero"), "leaves the folder"),
-    (line("x"), "not a regular file"),
-    (line("a" * 5000), "is no name of a file"),
+    (line("x"), "x: a folder"),
+    (line("a" * 5000), "aaa' cannot be read ("),
     (line("a\0.png"), "a\\x00.png"),
     (line(weight=0), '"weight" is 0, expected a finite number above 0'),
     (line(clip_score=float("nan")), '"clip_score" is nan'),
@@ -317,11 +319,11 @@ BAD_FOLDERS = {
     "an image that is a FIFO": (lambda f: os.mkfifo(f / "a.png"), "not a regular file"),
     "a manifest that is a FIFO": (lambda f: os.mkfifo(f / "metadata.jsonl"), "not a regular file"),
     "a manifest that is a link": (lambda f: (f / "metadata.jsonl").symlink_to("/etc/passwd"), "leaves the folder"),
-    "a manifest that is a folder": (lambda f: (f / "metadata.jsonl").mkdir(), "not a regular file"),
+    "a manifest that is a folder": (lambda f: (f / "metadata.jsonl").mkdir(), "metadata.jsonl: a folder"),
     "a tar that is a FIFO": (lambda f: os.mkfifo(f / "0.tar"), "not a regular file"),
     "links in a circle": (lambda f: (f / "a.png").symlink_to("a.png"), "a.png"),
     "a manifest in UTF-16": (lambda f: (f / "metadata.jsonl").write_text(line(), encoding="utf-16"), "UTF-16"),
-    "a caption in Latin-1": (lambda f: fill(f, {"a.png": png(), "a.txt": b"caf\xe9"}), "a.txt: not UTF-8"),
+    "a caption in Latin-1": (lambda f: fill(f, {"a.png": png(), "a.txt": b"caf\xe9"}), "a.txt, line 1: byte 0xe9"),
     "a caption in a list": (lambda f: fill(f, {"a.png": png(), "a.json": "[1]"}), "a.json: expected a JSON object"),
     "a caption cut": (lambda f: fill(f, {"a.png": png(), "a.json": '{"caption'}), "a.json: not JSON"),
     "a caption that is a number": (lambda f: fill(f, {"a.png": png(), "a.json": '{"text": 5}'}), '"text" must be'),

@@ -1,6 +1,9 @@
 """README.md and docs/: commands parse, links resolve, numbers and figures are those of their sources."""
+import ast
 import importlib
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -73,6 +76,62 @@ def test_a_command_that_its_program_refuses_is_noticed(command, capsys):
         check_command(command)
 
 
+# what Python does on a Windows machine with cp1252: text files, stdout, no module `resource`
+SITE = """
+import builtins, io, locale, sys
+plain = io.open
+def opened(file, mode="r", buffering=-1, encoding=None, *more, **others):
+    encoding = "cp1252" if "b" not in mode and encoding in (None, "locale") else encoding
+    return plain(file, mode, buffering, encoding, *more, **others)
+builtins.open = io.open = opened
+locale.getpreferredencoding = lambda do_setlocale=True: "cp1252"
+sys.modules["resource"] = None
+"""
+
+# runs commands one after the other, in one process, as torch takes a second to import
+RUNNER = """
+import json, os, runpy, sys
+root, *lines = json.load(sys.stdin)
+sys.path.insert(0, root)
+for program, *arguments in lines:
+    sys.stdout.reconfigure(errors="strict")
+    sys.argv = [os.path.join(root, program), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{program} {ascii(arguments)}: {end.code}")
+    print()
+    print("done:", ascii([program, *arguments]))
+"""
+
+
+def test_commands_run_where_the_encoding_is_cp1252_and_the_module_resource_is_missing(tmp_path):
+    shown = [shlex.split(line)[1:] for line in commands(PAGES["README.md"]) if line.startswith("python generate.py")]
+    shown = [words for words in shown if "--weights" not in words]
+    stages = [["train.py", stage, "--help"] for stage in (*importlib.import_module("train").STAGES, "all")]
+    encoders = [["data.py", command, "--help"] for command in ("encode", "inspect")]
+    more = [["generate.py", "红 apple", "--film", "苹果.gif"], ["docs/figures.py", "--help"], ["train.py", "--help"]]
+    others = [[f"{name}.py", "--help"] for name in ("generate", "evaluate", "openmoji", "mars", "data")]
+    lines = [*shown, *more, *others, *stages, *encoders]
+    assert len(shown) >= 3 and ["generate.py", "--caption", "out.png"] in shown
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps([str(ROOT), *lines]).encode(), cwd=tmp_path,
+                          env=environment, capture_output=True)
+    printed, errors = done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+    assert done.returncode == 0 and "Traceback" not in errors, printed + errors
+    assert [line for line in printed.splitlines() if line.startswith("done:")] == [f"done: {ascii(x)}" for x in lines]
+    assert (tmp_path / "out.png").is_file() and (tmp_path / "苹果.gif").is_file()
+
+
+def test_the_code_is_in_the_language_of_the_oldest_python_that_the_readme_names():
+    oldest = re.search(r"Python 3\.(\d+) to 3\.\d+;", PAGES["README.md"])[1]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[dent]*/*.py")]:
+        ast.parse(path.read_text(encoding="utf-8"), path.name, feature_version=(3, int(oldest)))
+
+
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
@@ -116,10 +175,9 @@ def test_a_number_that_changed_and_a_line_that_moved_are_written_anew(monkeypatc
         figures.update("[`B`](a.py#L1)", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["architecture", "layouts"])
-def test_drawn_figures_are_what_the_script_draws(name):
+def test_drawn_sequences_are_what_the_script_draws():
     """Where this fails: `python docs/figures.py drawings`."""
-    assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == getattr(figures, name)()
+    assert (ROOT / "docs" / "layouts.svg").read_text(encoding="utf-8") == figures.layouts()
 
 
 def test_the_readme_fits_on_a_few_screens_and_starts_with_a_run():

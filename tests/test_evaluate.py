@@ -14,7 +14,7 @@ import judge as judging
 from conftest import make_mars
 from dataset import Dataset
 from evaluate import EvaluateConfig, main
-from images import to_image, to_pixels
+from images import grid, psnr, resize_and_crop, to_image, to_pixels
 from judge import Judge, choose, interval, questions, rows_of, table
 from sampling import Sampling
 from tokenizer import TextTokenizer
@@ -120,8 +120,11 @@ class Cheat:
     def super_resolve(self, images, prompts, sampling):
         for _ in range(5 if sampling.k == 1 else 2):
             self.model.hidden(torch.tensor([[1]]))
-        return [self.datasets[0].image(self.drawn[text][1]).resize((128, 128), Image.Resampling.NEAREST)
+        return [resize_and_crop(self.datasets[0].image(self.mistake(self.drawn[text][1])), 128, 128)
                 for text in prompts]
+
+    def reconstruct(self, images):
+        return images
 
 
 def run(folder, pipeline, monkeypatch, tmp_path, *flags) -> tuple[dict, dict]:
@@ -312,8 +315,9 @@ def test_a_translation_counts_if_greedy_text_is_a_name(folder, judge, monkeypatc
 def test_each_image_of_a_pair_is_judged_by_itself_in_its_place(folder, monkeypatch, tmp_path):
     flags, pairs = ("--pairs", str(folder / "pairs")), Dataset(folder / "pairs")
     report, found = run(folder, Cheat(Dataset(folder), pairs), monkeypatch, tmp_path, *flags)
-    assert {row["task"] for row in report["rows"]} == {"several, 64x128", "several, 128x64"}
-    assert set(found.values()) == {1.0} and [row["n"] for row in report["rows"]] == [2, 4, 2, 2, 1, 2, 1, 1]
+    assert {row["task"] for row in report["rows"]} == {"several, 64x128", "several, 128x64", "several, all sizes"}
+    assert set(found.values()) == {1.0}
+    assert [row["n"] for row in report["rows"]] == [2, 4, 2, 2, 1, 2, 1, 1, 3, 6, 3, 3]
     swap = Cheat(Dataset(folder), pairs)
     exact = swap.text_to_image
     def swapped(*arguments, size, **more):
@@ -351,14 +355,42 @@ def test_recipes_are_parsed_and_each_image_is_that_of_its_step(folder, monkeypat
 
 
 def test_enlarging_reports_psnr_top_1_and_forward_passes_of_each_way(folder, monkeypatch, tmp_path):
-    pipeline = Cheat(Dataset(folder), long_side=128)
+    pipeline, best = Cheat(Dataset(folder), long_side=128), psnr(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)))
     _, found = run(folder, pipeline, monkeypatch, tmp_path, "--stage3", "weights", "--prompts", "3")
-    ways = ("bicubic", "K = 1", "K = 4", "K = 4, verified")
-    assert {key[0] for key in found} == {f"x128, {way}" for way in ways}
-    passes = [found[f"x128, {way}", "seen", "all", "passes"] for way in ways]
-    assert passes == [0, 5, 2, 2]
-    assert all(found[f"x128, {way}", "seen", language, "top-1"] == 1 for way in ways for language in ("en", "zh"))
-    assert found["x128, K = 1", "seen", "all", "PSNR"] > 20 and found["x128, bicubic", "seen", "all", "PSNR"] > 20
+    ways = ("K = 1", "K = 4", "K = 4 verified")
+    assert list(dict.fromkeys(key[0] for key in found)) == [
+        f"x128, {way}" for way in ("before", "bicubic", "image tokenizer", *ways)]
+    assert [found[f"x128, {way}", "seen", "all", "passes"] for way in ways] == [5, 2, 2]
+    assert all(found[f"x128, {way}", "seen", language, "top-1"] == 1
+               for way in ("before", *ways) for language in ("en", "zh"))
+    for way in ("bicubic", "image tokenizer", *ways):                # the true images are 64 pixels, enlarged so too
+        assert found[f"x128, {way}", "seen", "all", "PSNR"] == pytest.approx(best)
+    assert all(found[f"x128, {way}", "seen", "all", "seconds"] > 0 for way in ways)
+
+
+def test_what_is_shuffled_is_correct_by_chance_in_every_task(folder, judge):
+    """One of thirty drawings is right; 10 runs of each task."""
+    found, rng = evaluate.defaultdict(list), random.Random(0)
+    shuffled = Cheat(judge.dataset, Dataset(folder / "pairs"), mistake=lambda i: rng.randrange(30), long_side=128)
+    enlarger, square = Cheat(judge.dataset, mistake=shuffled.mistake, long_side=128), lambda: rng.choice(
+        [judge.dataset.image(i) for i in range(30)])
+    shuffled.text_to_image = lambda prompts, *_, size, **__: [grid(
+        [square(), square()] if size != (64, 64) else [square()], columns=size[1] // 64, gap=0) for _ in prompts]
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.Pipeline, "from_pretrained", lambda *_: enlarger)
+        for seed in range(10):
+            c = EvaluateConfig(data=folder, pairs=folder / "pairs", stage3=folder, seed=seed, prompts=2)
+            for task in (evaluate.several, evaluate.recipes, evaluate.enlarging):
+                part = evaluate.defaultdict(list)
+                task(part, shuffled, judge, c)
+                for name, marks in part.items():
+                    found[name] += marks
+    rate = lambda task, what: [sum(marks) / len(marks) for name, marks in found.items()
+                               if name[0].startswith(task) and name[3] == what]
+    assert all(0 <= p < 0.2 for p in rate("several", "cell")) and max(rate("several", "all")) < 0.1
+    assert all(0 <= p < 0.2 for p in rate("recipes", "image")) and max(rate("recipes", "all")) < 0.1
+    assert all(0 <= p < 0.2 for p in rate("x128", "top-1")) and len(rate("x128", "top-1")) == 8
+    assert max(rate("x128, K", "PSNR")) < 20 < min(rate("x128, bicubic", "PSNR"))
 
 
 def test_bad_flags_end_in_one_line(capsys, tmp_path):

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def examples_of(kind, function, n: int = 200, **settings) -> tuple[train.Stage, list]:
     """A stage that is not trained, and n of its training sequences."""
     stage = function(kind(batch=n, **settings), Distributed())
-    return stage, [example.content for example in stage.batch(random.Random(0))]
+    return stage, [content for _, content in stage.batch(random.Random(0))]
 
 
 # ----------------------------------------------------------------------------- Stage I
@@ -153,12 +153,12 @@ def test_stage_iii_says_how_near_it_comes_and_what_bicubic_scaling_does(runs, tm
 
 def test_the_cascade_enlarges_images_of_every_shape_to_the_size_that_it_was_trained_on(runs, tmp_path):
     run("stage3", "--data", runs / "data" / "pairs", runs / "data", "--init", runs / "stage2", "--out",
-        tmp_path / "out", "--k", 1)
+        tmp_path / "out", "--k", 1, "--long-side", 40)
     wide, square = (EncodedImages(tmp_path / "out" / "tokens-large" / str(j)) for j in range(2))
-    assert wide.shapes[0] == [4, 8] and square.shapes[0] == [8, 8]
+    assert wide.shapes[0] == [5, 10] and square.shapes[0] == [5, 5]
     pipeline = generate.Pipeline.from_pretrained(tmp_path / "out")
     larger = pipeline.super_resolve([Image.new("RGB", size, "red") for size in ((80, 40), (30, 30))], ["ball 1"] * 2)
-    assert [image.size for image in larger] == [(64, 32), (64, 64)]
+    assert [image.size for image in larger] == [(80, 40), (40, 40)]
 
 
 # ----------------------------------------------------------------------------- Sec. 4.6: text and images
@@ -188,17 +188,28 @@ def test_recipes_become_pages_and_held_out_ones_are_not_trained_on(runs, folder,
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
 
 
+def test_a_title_is_spelled_alike_in_training_and_in_generation(runs, folder, tmp_path, monkeypatch):
+    stage, sequences = examples_of(train.Joint, train.joint_stage, data=(folder,), init=runs / "stage2",
+                                   out=tmp_path / "out")
+    asked, pipeline = [], generate.Pipeline.from_pretrained(runs / "joint")
+    monkeypatch.setattr(pipeline, "_write", lambda prompts, *more, **others: asked.extend(prompts) or [])
+    pipeline.interleaved([f" make {i}" for i in range(7)])
+    given = {tuple(s.tokens[:s.is_target.index(True)]) for s in sequences}
+    assert given == set(map(tuple, asked)) and len(given) == 7
+
+
 def test_recipes_that_cannot_be_trained_on_are_named_and_left_out_on_demand(runs, folder, tmp_path, capsys):
     recipes = [json.loads(line) for line in (folder / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
     recipes[0]["images"][1] = "none.png"
     recipes[1]["steps"][0] = "stir " * 100
+    recipes[2]["title"] = "  "
     write_lines(folder / "recipes.jsonl", recipes)
     arguments = ["joint", "--data", folder, "--init", runs / "stage2"]
     message = refused(capsys, *arguments, "--out", tmp_path / "refused")
-    assert "make 0: its image none.png is not among those of" in message and "(and 1 more)" in message
+    assert "make 0: its image none.png is not among those of" in message and "(and 2 more)" in message
     run(*arguments, "--out", tmp_path / "out", "--skip-bad")
     found = dict(json.loads((tmp_path / "out" / "left-out.json").read_text(encoding="utf-8")))
-    assert list(found) == ["make 0", "make 1"] and "expected at most 160" in found["make 1"]
+    assert list(found) == ["make 0", "make 1", "1. 2\n2. more"] and "expected at most 160" in found["make 1"]
 
 
 # ----------------------------------------------------------------------------- what it takes

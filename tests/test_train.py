@@ -358,6 +358,50 @@ def test_an_out_that_holds_anything_else_or_an_input_is_refused(runs, tmp_path, 
         assert "another run is at work here" in refused(capsys, *text, "--out", tmp_path / "busy")
 
 
+@pytest.mark.parametrize("name, content, expected", [
+    ("run.json", "{}", "run.json: not what train.py writes"),
+    ("run.json", '{"stage": "textstage", "steps": null}', "run.json: not what train.py writes"),
+    ("run.json", "[]", "run.json: expected a JSON object"),
+    ("metrics.jsonl", '{"a": 1}\n', 'metrics.jsonl: expected a line a step, such as {"step": 0'),
+    ("metrics.jsonl", '{"step": "x"}\n', 'metrics.jsonl: expected a line a step, such as {"step": 0'),
+    ("metrics.jsonl", None, "metrics.jsonl: not a regular file"),
+    ("checkpoint", {"step": "x"}, "its checkpoint is of step 'x', expected one of 1 to 4"),
+    ("checkpoint", {"step": 99}, "its checkpoint is of step 99, expected one of 1 to 4"),
+    ("checkpoint", {"run": {"stage": "joint", "steps": 4}}, "this run has stage = joint, but now stage is textstage"),
+    ("checkpoint", {"model": [1]}, "its checkpoint is not one of train.py"),
+    ("checkpoint", {"optimizer": {}}, "its checkpoint is not one of train.py"),
+    ("checkpoint", {"moments": torch.zeros(3)}, "is (3,), expected (")])
+def test_what_lies_in_out_is_checked_before_a_run_goes_on(runs, tmp_path, capsys, name, content, expected):
+    out = shutil.copytree(runs / "text", tmp_path / "out")
+    if name == "checkpoint":
+        (out / "checkpoint-000002.pt").unlink()
+        state = torch.load(out / "checkpoint-000004.pt", weights_only=True)
+        if "moments" in content:
+            next(iter(state["optimizer"]["state"].values()))["exp_avg"] = content["moments"]
+        torch.save(state | content, out / "checkpoint-000004.pt")
+    elif content is None:
+        (out / name).unlink()
+        os.mkfifo(out / name)
+    else:
+        (out / name).write_text(content)
+    assert expected in refused(capsys, *arguments_of(runs, "text"), "--out", out, "--resume")
+
+
+def test_metrics_are_not_written_through_a_link(runs, tmp_path):
+    out = shutil.copytree(runs / "text", tmp_path / "out")
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    run(*arguments_of(runs, "text"), "--out", out, "--resume", "--steps", 5)
+    assert not (tmp_path / "elsewhere").exists() and [row["step"] for row in lines(out)] == [4]
+
+
+@pytest.mark.parametrize("wrong", [["--data", "nowhere"], ["--text-seq-len", 999], ["--width", 35, "--heads", 5]])
+def test_a_run_that_is_refused_before_its_first_step_leaves_its_folder_free(runs, tmp_path, capsys, wrong):
+    refused(capsys, *arguments_of(runs, "text"), "--out", tmp_path / "out", *wrong)
+    run(*arguments_of(runs, "text"), "--out", tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(runs / "text")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_and_leave(runs, tmp_path, capsys, monkeypatch, number):
     out, backward = tmp_path / "out", torch.Tensor.backward
@@ -520,6 +564,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(runs, tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000002.pt"]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.tensor(math.inf))
+    message = refused(capsys, *arguments_of(runs, "text"), "--out", tmp_path)
+    assert "the norm of the gradient is inf at step 0; the last checkpoint is good; in the batch: '" in message
+
+
+def test_what_would_fail_at_the_first_sample_is_refused_before_training(runs, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("word " * 200, encoding="utf-8")
+    (tmp_path / "none.txt").write_text("\n\n", encoding="utf-8")
+    stage1, expected = arguments_of(runs, "stage1"), {"long.txt": "the longest prompt has 10", "lost.txt": "not found",
+                                                      "none.txt": "the longest prompt has 0 tokens, expected 1 to 128"}
+    for name, words in expected.items():
+        message = refused(capsys, *stage1, "--out", tmp_path / "out", "--prompts", tmp_path / name)
+        assert f"{name}: {words}" in message
+    for stage in ("stage2", "joint"):
+        message = refused(capsys, *arguments_of(runs, stage)[:-1], runs / "stage3", "--out", tmp_path / "out")
+        assert "stage3: weights of stage3, expected those of stage1 or stage2" in message
+    for long_side in (2, 5000):
+        message = refused(capsys, *arguments_of(runs, "stage3"), "--out", tmp_path / "out", "--long-side", long_side)
+        assert f"long_side is {long_side}, expected at least 32, and images of " in message
+    assert not (tmp_path / "out" / "samples").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_text_txt_that_is_no_regular_file_is_refused(folder, tmp_path, capsys, kind):
+    os.mkfifo(folder / "text.txt") if kind == "fifo" else (folder / "text.txt").mkdir()
+    message = refused(capsys, "text", "--data", folder, "--out", tmp_path / "out")
+    assert "text.txt: " in message and "expected a text file in UTF-8" in message
+
+
+def test_flags_go_before_the_preset_and_help_shows_what_the_preset_has(capsys):
+    assert train.read_flags(["stage1"])[1].save_bf16 and train.read_flags(["stage1"])[1].steps == 15_000
+    assert not train.read_flags(["stage1", "--no-save-bf16"])[1].save_bf16
+    assert not train.read_flags(["vqgan", "--no-local-encoder", "--no-no-attn-mid-block"])[1].no_attn_mid_block
+    with pytest.raises(SystemExit):
+        train.read_flags(["stage1", "--help"])
+    assert "(default: 15000)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("stage, flag", [
     ("vqgan", "--k=4"), ("text", "--init=weights"), ("stage2", "--vqgan=x"), ("stage3", "--captioning-ratio=0.5"),
     ("stage3", "--prompts=x"), ("joint", "--corruption=0.5"), ("all", "--vqgan=x"), ("text", "--colour")])
@@ -529,10 +612,12 @@ def test_a_flag_that_a_stage_does_not_use_is_unknown_to_it(capsys, stage, flag):
 
 def test_settings_out_of_range_and_that_do_not_fit_are_refused(runs, tmp_path, capsys):
     text = [*arguments_of(runs, "text"), "--out", tmp_path / "out"]
-    assert "--steps is 0, expected at least 1" in refused(capsys, *text, "--steps", 0)
+    assert "--steps is 0, expected 1 to 1000000000" in refused(capsys, *text, "--steps", 0)
     assert "--lr is nan, expected a finite number" in refused(capsys, *text, "--lr", "nan")
     assert "--shard spreads a model over processes" in refused(capsys, *text, "--shard")
-    assert "device 'moon'" in refused(capsys, *text, "--device", "moon")
+    for device in ("moon", "meta", "mps", ""):
+        assert f"device {device!r}" in refused(capsys, *text, "--device", device)
+    assert "--steps is 10000000000, expected 1 to" in refused(capsys, *text, "--steps", 10**10)
     assert "preset 'qwen' has no stage text, expected one of vqgan" in refused(capsys, "text", "--preset=qwen",
                                                                               program=train.main)
     message = refused(capsys, *arguments_of(runs, "vqgan"), "--out", tmp_path / "v", "--resolution", 16)
