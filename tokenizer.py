@@ -86,8 +86,8 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 1024) -> "TextTokenizer":
-        """Byte-pair encoding, as Qwen's: learns at most `size` pieces, or as many as the characters of `texts` need; the same texts give the same
-        bytes. Raises ValueError, one line, where there is nothing to learn from."""
+        """Byte-pair encoding, as Qwen's: learns at most `size` pieces, or as many as the characters of `texts` need;
+        the same texts give the same bytes. Raises ValueError, one line, where there is nothing to learn from."""
         texts = [normalize(text) for text in texts]
         characters = set().union(*texts)
         chinese = sorted(c for c in characters if unicodedata.name(c, "").startswith("CJK UNIFIED IDEOGRAPH"))

@@ -232,7 +232,7 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
 
             # what to look at, and what to go on from
             log = {"loss": loss, **getattr(stage.module, "logs", {}), "lr": lr, "grad_norm": norm,
-                   "tokens_per_s": round(total / (time.perf_counter() - started))}
+                   "tokens": total, "seconds": round(time.perf_counter() - started, 4)}
             stopping, last = ranks.all_reduce_sum(len(signals)) > 0, step + 1 == config.steps
             if last or (step + 1) % config.sample_every == 0:
                 model.eval()

@@ -15,6 +15,7 @@ A page marks what is written into it; tests/test_docs.py holds that it is up to 
 import contextlib
 import functools
 import io
+import json
 import math
 import re
 import sys
@@ -145,7 +146,8 @@ def collect(runs: Path) -> dict:
         folder = runs / stage
         if (folder / "metrics.jsonl").is_file():
             run, curves = read_json(folder / "run.json"), plot.curves(folder)
-            seconds = (folder / "model.safetensors").stat().st_mtime - (folder / ".lock").stat().st_mtime
+            rows = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
+            seconds = sum(row["seconds"] for row in rows)
             found[stage] = {"steps": curves["loss"][-1][0], "batch": run["batch"], "seed": run["seed"],
                             "minutes": round(seconds / 60)} | curves
     return found

@@ -121,7 +121,7 @@ def weights(directory: Path) -> dict[str, bytes]:
 def lines(directory: Path) -> list[dict]:
     """metrics.jsonl, without what depends on the clock."""
     rows = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 # ----------------------------------------------------------------------------- the whole way
