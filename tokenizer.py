@@ -57,8 +57,8 @@ def normalize(text: str) -> str:
 class TextTokenizer:
     """Not in the paper: a small sentencepiece model for language models of one's own, in place of Qwen's tokenizer.
 
-    Unigram pieces with byte fallback: every text has ids and comes back unchanged, in NFC. A Chinese character is
-    always a token of its own, or words would fuse with their neighbours.
+    Pieces with byte fallback: every text has ids, and comes back in NFC and in lower case, as three spellings of a word
+    are much for a small model. A Chinese character is always a token of its own, or words would fuse with neighbours.
     """
     FILE = "tokenizer.model"
 
@@ -78,7 +78,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids in [0, V_t). Raises ValueError for lone surrogates."""
-        return self.pieces.encode(normalize(text))
+        return self.pieces.encode(normalize(text).lower())
 
     def decode(self, ids: list[int]) -> str:
         """Ids in [0, V_t) -> text; control tokens leave no trace."""
@@ -88,7 +88,7 @@ class TextTokenizer:
     def train(cls, texts: Iterable[str], size: int = 1024) -> "TextTokenizer":
         """Byte-pair encoding, as Qwen's: learns at most `size` pieces, or as many as the characters of `texts` need;
         the same texts give the same bytes. Raises ValueError, one line, where there is nothing to learn from."""
-        texts = [normalize(text) for text in texts]
+        texts = [normalize(text).lower() for text in texts]
         characters = set().union(*texts)
         chinese = sorted(c for c in characters if unicodedata.name(c, "").startswith("CJK UNIFIED IDEOGRAPH"))
         size = max(size, 256 + 3 + len(characters))            # bytes; unknown, end of text, space; characters
