@@ -48,9 +48,10 @@ def test_a_language_model_alone_has_no_visual_rows():
 # ----------------------------------------------------------------------------- the small tokenizer
 
 @pytest.mark.parametrize("text", ["a red circle", "红色圆形", "zebra, naïve  café! 12\n", "猫 and 🐈",
-                                  "a\0b\u2028", "<|endoftext|> <img>", "한국어 ひらがな", ""])
-def test_every_text_comes_back_unchanged(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+                                  "a\0b\u2028", "<|endoftext|> <img>", "한국어 ひらがな", "", "The RED Äpfel"])
+def test_every_text_comes_back_in_lower_case(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text.lower()
+    assert tokenizer.encode(text) == tokenizer.encode(text.lower()) == tokenizer.encode(text.upper().lower())
 
 
 def test_a_chinese_character_is_always_a_token_of_its_own():
