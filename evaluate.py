@@ -197,14 +197,13 @@ def enlarging(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) 
     note("bicubic", "PSNR", [psnr(image.resize((side, side), Image.Resampling.BICUBIC), truth)
                              for image, truth in zip(small, true)])
     note("image tokenizer", "PSNR", map(psnr, upscaler.reconstruct(true), true))
-    upscaler.model.norm.register_forward_hook(lambda *_: passes.append(1))               # once in each forward pass
     ways = {f"K = {k}": Sampling(temperature=0.0, k=k, unverified=k > 1) for k in sorted({1, 4, K}) if k <= K}
     for way, sampling in (ways | {f"K = {K} verified": Sampling(temperature=0.0, k=K)}).items():
         note(way, "top-1", judge.shows(upscaler.super_resolve(drawn, texts, sampling), wanted))
         for (split, _, text, _), image, truth in zip(tqdm(asked, desc=way), small, true):
             passes.clear()
             started = time.perf_counter()
-            larger, = upscaler.super_resolve([image], [text], sampling)
+            larger, = upscaler.super_resolve([image], [text], sampling, on_tokens=passes.append)
             seconds = time.perf_counter() - started
             for what, value in {"PSNR": psnr(larger, truth), "passes": len(passes), "seconds": seconds}.items():
                 found[f"x{side}, {way}", split, "all", what].append(value)

@@ -28,7 +28,8 @@ from distributed import check_device
 from files import atomic_write, read_text, write_text
 from images import enlarge, grid, open_image, resize_and_crop, save_image, to_pixels, undo_enlarge, upscaled_size
 from mars import MARS
-from sampling import GREEDY, Sampling, for_sampling, generate_image_tokens, generate_text, log_likelihood
+from sampling import GREEDY, Sampling, generate_image_tokens, generate_text, log_likelihood
+from step import for_sampling
 from tokenizer import QwenTokenizer, TextTokenizer, load_tokenizer
 from vqgan import VQGAN
 
@@ -106,16 +107,16 @@ class Pipeline:
         return self._decode(keep_best(best_of, make, score))
 
     def super_resolve(self, images: list[Image.Image], prompts: list[str], sampling: Sampling = GREEDY,
-                      seeds: list[int] | None = None) -> list[Image.Image]:
+                      seeds: list[int] | None = None, on_tokens=None) -> list[Image.Image]:
         """Sec. 3.4, Stage III: images and what they show -> the same, larger, a square with `long_side` pixels a side.
-        Greedy by default: detail is added, not invented."""
+        Greedy by default: detail is added, not invented. on_tokens: as in `decode`."""
         larger, sizes = {}, [self._nearest_size(image) for image in images]
         captions, seeds, low = map(self._encode, prompts), self._seeds(seeds, images), self._encode_images(images)
         rows = list(zip(captions, seeds, low))
         for size in set(sizes):
             chosen = [i for i in range(len(images)) if sizes[i] == size]
             captions, seeds, low = map(list, zip(*(rows[i] for i in chosen)))
-            larger |= zip(chosen, self._decode(self._sample(captions, size, sampling, seeds, low)))
+            larger |= zip(chosen, self._decode(self._sample(captions, size, sampling, seeds, low, on_tokens)))
         return [larger[i] for i in range(len(images))]
 
     def caption_images(self, images: list[Image.Image], best_of: int = 1, seed: int = 0) -> list[str]:

@@ -13,7 +13,7 @@ class KVCache:
         self.keys, self.values = room
         self.angles, self.length = angles, 0            # length: tokens held, and those of the forward pass that runs
         self.padding: Tensor | None = None              # (B,) at the left of each prompt; None: none anywhere
-        self.steps: list = []                           # `SemVIEBlock.visual_step` of each layer, then the last norm
+        self.steps: list = []                           # of each layer and the last norm, see step.py
 
     def extend(self, T: int) -> None:
         """Before the layers: T tokens follow. The views that each layer writes to and reads are made in one go."""

@@ -75,39 +75,30 @@ class MARS(nn.Module):
         self.vision_head = nn.Linear(D, V_v, bias=False) if V_v else None
         self.nktp_heads = nn.ModuleList(NKTPHead(config) for _ in range(config.k - 1))          # heads 2 to K
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, *, all_visual: bool = False,
-               recompute: bool = False) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, recompute: bool = False) -> Tensor:
         """tokens (B, T) -> last hidden states (B, T, D); with a cache, `tokens` go on where it ends.
 
-        `<pad>` costs nothing: at the right anywhere, at the left only in the first call on a cache. all_visual: the
-        caller knows that no token is text or padding. recompute: the backward pass computes each block again instead
-        of keeping its activations. Raises ValueError where the sequence gets longer than `max_seq_len`.
+        `<pad>` costs nothing: at the right anywhere, at the left only in the first call on a cache. recompute: the
+        backward pass computes each block again instead of keeping its activations. Raises ValueError where the
+        sequence gets longer than `max_seq_len`.
         """
-        V_t, most = self.vocabulary.text, self.config.max_seq_len
-        T, past = tokens.shape[1], cache.length if cache else 0
-        if past + T > most:
-            raise ValueError(f"a sequence of {past + T} tokens, but the model's max_seq_len is {most}")
+        V_t, most, past = self.vocabulary.text, self.config.max_seq_len, cache.length if cache else 0
+        if past + tokens.shape[1] > most:
+            raise ValueError(f"a sequence of {past + tokens.shape[1]} tokens, but the model's max_seq_len is {most}")
         if cache:
-            cache.extend(T)
-        if all_visual and past:
-            x = F.embedding(tokens.flatten() - V_t, self.visual_embedding.weight)      # (B*T, D)
-            cache.steps = cache.steps or [*(block.visual_step() for block in self.blocks), self.norm.step()]
-            inputs, (*steps, norm) = self._layer_inputs(tokens, None, cache), cache.steps
-            for step in steps:
-                x = step(x, inputs)
-            return norm(x).view(*tokens.shape, -1)                                     # (B, T, D)
+            cache.extend(tokens.shape[1])
         is_padding = tokens == self.vocabulary.special("<pad>")        # in a language model alone: an id without a row
         if cache and not past and is_padding.any():
             cache.padding = is_padding.sum(1)                                          # (B,)
         router = Router(tokens >= V_t, is_padding)
         embed_visual = (lambda ids: self.visual_embedding(ids - V_t)) if self.visual_embedding else None
         x = router(router.pack(tokens), self.text_embedding, embed_visual)             # (N, D)
-        inputs = self._layer_inputs(tokens, router, cache)
+        inputs = self.layer_inputs(tokens, router, cache)
         for block in self.blocks:
             x = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
         return router.unpack(self.norm(x))                                             # (B, T, D)
 
-    def _layer_inputs(self, tokens: Tensor, router: Router | None, cache: KVCache | None) -> LayerInputs:
+    def layer_inputs(self, tokens: Tensor, router: Router | None, cache: KVCache | None) -> LayerInputs:
         """Rotary angles, and where plain causality is not enough the mask."""
         T, padding = tokens.shape[1], cache.padding if cache else None
         S = cache.length if cache else T

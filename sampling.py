@@ -16,6 +16,7 @@ from config import check, setting
 from data import Sequence, collate
 from kv_cache import KVCache
 from mars import MARS
+from step import hidden_of_images
 from tokenizer import Vocabulary
 
 WINDOW = 16                           # tokens that a forward pass on a GPU reads where the one before it drafts
@@ -82,16 +83,6 @@ def race(p: Tensor, noise: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------- many tokens: Eq. 1 and 2
 
-def for_sampling(model: MARS) -> MARS:
-    """Not in the paper: lays the matrices of a model on a CPU out in the order in which the product with a single row
-    reads them fastest; their shapes and values stay. Returns the model, which would train more slowly."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-            weight = module.weight.detach().t().contiguous().t()                 # (out, in), one input after another
-            module.weight = nn.Parameter(weight, module.weight.requires_grad)
-    return model
-
-
 def prefill(model: MARS, prompts: list[list[int]], more: int) -> tuple[Tensor, KVCache]:
     """Reads prompts, padded at the left so that all end at one position -> last hidden states (B, 1, D), and a cache
     with room for `more` tokens. Raises ValueError where they do not fit."""
@@ -136,6 +127,7 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
     logits_of(states, k, tokens): logits (B, T, V) of head k at states (B or 2B, T, D), where tokens (B, t) are certain.
     images: V is the image vocabulary. stop(tokens): whether to end early. on_tokens(tokens): called once a pass.
     """
+    forward = hidden_of_images if images else MARS.hidden
     states, cache = prefill(model, prompts, length)                              # (B or 2B, 1, D)
     B, K, passes, first = len(seeds), model.config.k, 1, model.vocabulary.text if images else 0
     most = count_drafts(sampling, K, B, states.device) if images else 0
@@ -178,7 +170,7 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
         if tokens.shape[1] == length or (stop and stop(tokens)):
             return tokens, passes
         read = first + (read if len(prompts) == B else torch.cat((read, read)))
-        states, passes = model.hidden(read, cache, all_visual=images), passes + 1     # (B or 2B, 1 + n, D)
+        states, passes = forward(model, read, cache), passes + 1                 # (B or 2B, 1 + n, D)
         if not verify:
             states, drafts = states[:, -1:], drafts[:, :0]
 

@@ -92,14 +92,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
-    def step(self):
-        """The same as a function for `visual_step`: on a CPU, which has no fused kernel, in half as many operations."""
-        if self.weight.device.type != "cpu":
-            return self
-        n = len(self.weight)
-        weight, floor = self.weight * n ** 0.5, self.weight.new_tensor((n * self.eps) ** 0.5)
-        return lambda x: x * weight / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor)
-
 
 class SwiGLU(nn.Module):
     """Eq. 4: FFN^t or FFN^v, `W_down(silu(W_gate x) * W_up x)` as in Qwen. W_gate and W_up are one matrix."""
@@ -131,7 +123,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @dataclass
 class LayerInputs:
     """Not in the paper: what all layers of one forward pass share, computed once."""
-    router: Router | None             # None in `visual_step`
+    router: Router | None             # None in step.py
     cos: Tensor                       # (B, 1, T, d)
     sin: Tensor
     mask: Tensor | None               # (T, S) or (B, 1, T, S) bool, what may be read; None: causal, or one query
@@ -194,24 +186,3 @@ class SemVIEBlock(nn.Module):
         """x (N, D), packed -> (N, D)."""
         x = x + self.attention(self.norm_1(x), inputs)                                      # Eq. 3
         return x + inputs.router(self.norm_2(x), self.ffn, self.visual_ffn)                 # Eq. 4
-
-    def visual_step(self):
-        """Not in the paper: what `forward` does for visual tokens that follow others in a cache, as a function of x
-        (B * T, D) and inputs. It calls no router and no module: in a small model that takes longer than the arithmetic.
-        """
-        a, ffn, norm_1, norm_2 = self.attention, self.visual_ffn or self.ffn, self.norm_1.step(), self.norm_2.step()
-        linears, H, G, d = (a.visual_qkv or a.qkv, a.visual_out or a.out, ffn.gate_up, ffn.down), a.H, a.G, a.d
-        W_qkv, W_O, W_gate_up, W_down = (linear.weight.t() for linear in linears)           # (in, out)
-        b_qkv = W_qkv.new_zeros(W_qkv.shape[1]) if linears[0].bias is None else linears[0].bias
-
-        def step(x: Tensor, inputs: LayerInputs) -> Tensor:
-            qkv = torch.addmm(b_qkv, norm_1(x), W_qkv)                                      # (B*T, (H+2G)d)
-            qkv = qkv.view(-1, inputs.cos.shape[2], H + 2 * G, d).transpose(1, 2)           # (B, H+2G, T, d)
-            qk, v = qkv.split((H + G, G), dim=1)
-            q, k = rotate(a.norm_qk(qk), inputs.cos, inputs.sin).split((H, G), dim=1)
-            k, v = inputs.cache.write(a.layer, k, v)                                        # (B, G, S, d)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=H != G)
-            x = torch.addmm(x, y.transpose(1, 2).reshape(len(x), -1), W_O)                  # Eq. 3
-            gate, up = torch.mm(norm_2(x), W_gate_up).chunk(2, dim=-1)
-            return torch.addmm(x, F.silu(gate) * up, W_down)                                # Eq. 4
-        return step

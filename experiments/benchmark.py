@@ -35,7 +35,8 @@ from files import write_json, write_text
 from generate import WEIGHTS, load_stage
 from images import Resize, save_image, to_pixels
 from mars import MARS, MARSConfig
-from sampling import Sampling, for_sampling, generate_image_tokens
+from sampling import Sampling, generate_image_tokens
+from step import for_sampling
 
 PROMPTS = ("red apple", "dog", "blue heart", "house", "sun", "cat", "green book", "woman astronaut")
 SETTINGS = {"as by default": {}, "4 tokens a pass": {"k": 4}, "16 tokens a pass": {"k": 16},

@@ -117,9 +117,9 @@ class Cheat:
                           [self.datasets[0].image(self.mistake(self.drawn[name][1])) for name in names]))
         return pages
 
-    def super_resolve(self, images, prompts, sampling):
+    def super_resolve(self, images, prompts, sampling, on_tokens=lambda tokens: None):
         for _ in range(5 if sampling.k == 1 else 2):
-            self.model.hidden(torch.tensor([[1]]))
+            on_tokens(None)
         return [resize_and_crop(self.datasets[0].image(self.mistake(self.drawn[text][1])), 128, 128)
                 for text in prompts]
 
@@ -303,7 +303,7 @@ def test_a_translation_counts_if_greedy_text_is_a_name(folder, judge, monkeypatc
              for i in range(len(judge.dataset)) for a, b in (("en", "zh"), ("zh", "en"))}
 
     def answer(model, prompts, tokenizer, *_):
-        asked = [tokenizer.decode(ids).removesuffix(" in Chinese is").removesuffix("的英文是") for ids in prompts]
+        asked = [tokenizer.decode(ids).removesuffix(" in chinese is").removesuffix("的英文是") for ids in prompts]
         return [(tokenizer.encode("stick" if "stick" in name else names[name]), None) for name in asked]
     monkeypatch.setattr(evaluate, "generate_text", answer)
     with torch.inference_mode():

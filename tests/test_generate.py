@@ -17,6 +17,7 @@ from images import to_image
 from mars import MARS, MARSConfig
 from sampling import (Sampling, generate_image_tokens, generate_text, guide, log_likelihood, may_follow, noise,
                       probabilities, race)
+from step import for_sampling
 from tokenizer import TextTokenizer, Vocabulary
 from vqgan import VQGAN, VQGANConfig
 
@@ -126,7 +127,7 @@ def test_by_default_tokens_are_drafted_where_that_is_faster():
 def test_weights_laid_out_for_sampling_are_the_same_weights_in_another_order_of_memory():
     model, tokens = tiny(2), torch.tensor([prompt([1, 2], Vocabulary(42, 16))])
     before, states = model(tokens), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    after = sampler.for_sampling(model.freeze_language())
+    after = for_sampling(model.freeze_language())
     assert after is model and model.blocks[0].attention.visual_qkv.weight.t().is_contiguous()
     assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
     assert {p.requires_grad for p in (model.vision_head.weight, model.text_head.weight)} == {True, False}

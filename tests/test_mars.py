@@ -12,6 +12,7 @@ from conftest import make_language, make_mars
 from data import targets_of
 from mars import MARS, is_visual
 from semvie import Router, SwiGLU
+from step import hidden_of_images
 from tokenizer import Vocabulary
 
 TEXT, IMG = [3, 41, 7, 7, 20], 42                     # some text ids; the first image token
@@ -270,21 +271,20 @@ def test_stage_iii_starts_as_stage_ii_and_takes_its_tensors_over(mars):
 def test_the_step_for_visual_tokens_alone_computes_what_the_blocks_compute(change):
     mars, steps = make_mars(**change), []
     tokens = mixed_tokens(mars)[:, :12]
-    for all_visual in (False, True):
+    for forward in (MARS.hidden, hidden_of_images):
         cache = mars.new_cache(2, 12)
         mars.hidden(tokens[:, :6], cache)
-        steps.append([mars.hidden(part, cache, all_visual=all_visual) for part in (tokens[:, 6:7], tokens[:, 7:12])])
-        assert bool(cache.steps) == all_visual
+        steps.append([forward(mars, part, cache) for part in (tokens[:, 6:7], tokens[:, 7:12])])
     torch.testing.assert_close(*steps)
 
 
 @torch.no_grad()
 def test_all_visual_tokens_need_no_counting(mars, monkeypatch):
     tokens, cache = torch.randint(42, 58, (2, 6), generator=torch.Generator().manual_seed(0)), mars.new_cache(2, 6)
-    torch.testing.assert_close(mars.hidden(tokens, all_visual=True), expected := mars.hidden(tokens))
+    expected = mars.hidden(tokens)
     mars.hidden(tokens[:, :2], cache)
     monkeypatch.setattr(Router, "__init__", None)
-    torch.testing.assert_close(mars.hidden(tokens[:, 2:], cache, all_visual=True), expected[:, 2:])
+    torch.testing.assert_close(hidden_of_images(mars, tokens[:, 2:], cache), expected[:, 2:])
 
 
 # ----------------------------------------------------------------------------- causality, padding and the cache
