@@ -105,8 +105,8 @@ def load_pickled(path: Path, model: nn.Module, device="cpu", unused: str | None 
         found = found.get("state_dict", found)
         tensors = {name: tensor for name, tensor in found.items() if not (unused and name.startswith(unused))}
         for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{name} is none")
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                raise ValueError(f"{name} is no dense tensor")
     except Exception as error:                           # each layer of a pickle has errors of its own
         raise ValueError(f"{path}: not a whole file of tensors alone ({reason(error)})") from None
     fill(path, model, tensors)

@@ -12,11 +12,23 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import traceback
 import types
 import typing
 from pathlib import Path
+
+
+def leave(number, frame):
+    """Ctrl-C while a command still imports torch: `ends_in_one_line` is not at work yet."""
+    print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+is_command = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent            # which imports this first
+if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)
 
 
 def setting(default=dataclasses.MISSING, help: str = "", *, least=None, most=None, choices=None, aliases=(), **more):
@@ -86,7 +98,7 @@ def check(config) -> None:
 
 
 def from_json(kind, content: dict, where) -> object:
-    """The settings dataclass `kind` from a JSON object that holds every field and none beside. Raises ValueError, one
+    """The settings dataclass `kind` from a JSON object that holds every field and no other. Raises ValueError, one
     line: `where`, the field, and what was expected."""
     names = {field.name for field in dataclasses.fields(kind)}
     for name in sorted(names ^ content.keys()):
@@ -158,6 +170,8 @@ def ends_in_one_line(program: str):
     """
     if hasattr(sys.stdout, "reconfigure"):                # a test's stand-in has none
         sys.stdout.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()

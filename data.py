@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from config import Parser, add_flags, build, check, ends_in_one_line, setting    # first, for Ctrl-C
+
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from config import Parser, add_flags, build, check, ends_in_one_line, setting
 from dataset import Captioned, Dataset, make_record
 from distributed import Distributed, bad_input_is_final, cleanup, init
 from files import atomic_write, check_regular, first_line, lock, read_json, write_json
@@ -214,12 +215,15 @@ class EncodedImages(Captioned):
     def image(self, i: int):
         """There is none any more. Raises ValueError."""
         raise ValueError(f"{self.directory}: holds image tokens, not images; expected a folder of images here")
+    stamp = image
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Image tokens (h, w) of image i. Raises ValueError for tokens that no codebook entry belongs to."""
+        """Image tokens (h, w) of image i; none if it was left out. Raises ValueError for tokens beyond the codebook."""
         (shard, start), (h, w) = self.starts[i], self.shapes[i]
+        if not h * w:                                    # left out; safetensors has no empty slices
+            return NO_TOKENS
         tokens = shard.get_slice("tokens")[start:start + h * w].reshape(h, w)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.made_by["V"]:
+        if not 0 <= tokens.min() <= tokens.max() < self.made_by["V"]:
             raise ValueError(f"{self.directory}: {self.name(i)} has tokens from {tokens.min()} to {tokens.max()}, "
                              f"expected 0 to {self.made_by['V'] - 1}; encode again")
         return tokens
@@ -371,9 +375,9 @@ def main(arguments: list[str] | None = None) -> None:
             return inspect(build(InspectConfig, values, parser))
         c, ranks = build(EncodeConfig, values, parser), init(values.device)
         vqgan = VQGAN.from_pretrained(c.weights, ranks.device)
-        resize = Resize(vqgan.config.resolution, c.max_aspect)
+        dataset, resize = Dataset(c.data), Resize(vqgan.config.resolution, c.max_aspect)
         with lock(c.out) if ranks.is_main else contextlib.nullcontext():
-            encoded = encode(Dataset(c.data), vqgan, resize, c.out, ranks, filters=c, skip_bad=c.skip_bad)
+            encoded = encode(dataset, vqgan, resize, c.out, ranks, filters=c, skip_bad=c.skip_bad)
         if ranks.is_main:
             sizes = Counter(f"{h} x {w}" for h, w in map(encoded.shapes.__getitem__, encoded.valid))
             print(f"wrote {c.out}: {len(encoded.valid)} images; tokens: "

@@ -7,6 +7,8 @@
 What is missing, malformed or outside the folder raises ValueError, one line with file and line number.
 """
 import functools
+import hashlib
+import json
 import tarfile
 import unicodedata
 from collections import defaultdict
@@ -22,6 +24,7 @@ from tokenizer import normalize
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 TEXTS = ("txt", "caption", "json")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")        # those that are packed are refused
 
 
 class Captioned:
@@ -63,6 +66,7 @@ def make_record(name: str, captions, facts: dict, where) -> dict:
         raise ValueError(f'{where}: "split" is {facts["split"]!r}, expected a text, such as "train"')
     try:
         captions = [normalize(text).strip() for text in captions if text.strip()]
+        normalize(json.dumps(facts, ensure_ascii=False))
         return {"name": normalize(name), "captions": captions, "facts": facts}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -101,7 +105,7 @@ class Dataset(Captioned):
                     raise ValueError(f'{where}: expected an object with "file_name" and "text"')
                 self.places.append(Place(inside(self.directory, name, where), name))
                 self.records.append(make_record(name, texts, facts, where))
-        elif tars := [name for name in names if suffix(name) == "tar"]:
+        elif tars := [name for name in names if suffix(name) and name.lower().endswith(TARS)]:
             for name in tars:
                 self._pair(list(read_tar(inside(self.directory, name, directory))))
         else:
@@ -112,14 +116,15 @@ class Dataset(Captioned):
                              '{"file_name": "cat.jpg", "text": "a cat"}, or tars, or images and text files')
 
     def _pair(self, places: list[Place]) -> None:
-        """WebDataset's convention. The captions of 0.left.jpg stand in 0.left.txt, or else in 0.txt."""
-        texts = defaultdict(dict)
+        """WebDataset's convention. The captions of 0.left.jpg stand in 0.left.txt, or else in 0.txt. Of two members of
+        a tar with one name the later counts, as where it is unpacked."""
+        places, texts = {place.name: place for place in places}.values(), defaultdict(dict)
         for place in places:
             if suffix(place.name) in TEXTS:
-                texts[normalize(place.name.rpartition(".")[0])][suffix(place.name)] = place
+                texts[nfc(place.name).rpartition(".")[0]][suffix(place.name)] = place
         for place in places:
             if suffix(place.name) in IMAGES:
-                folder, slash, base = normalize(place.name).rpartition("/")
+                folder, slash, base = nfc(place.name).rpartition("/")
                 stems = [folder + slash + base.rpartition(".")[0], folder + slash + base.partition(".")[0]]
                 own = next((texts[stem] for stem in stems if stem in texts), {})
                 found = {kind: decode_text(text.read(), text) for kind, text in own.items()}
@@ -133,17 +138,21 @@ class Dataset(Captioned):
         return open_image(self.places[i], self.places[i].read())
 
     def stamp(self, i: int) -> list:
-        """Changes when image i, its captions or its facts change; its pixels count by size and time of their file."""
-        stat = self.places[i].path.stat()
-        return [self.records[i], self.places[i].offset, stat.st_size, stat.st_mtime_ns]
+        """Changes when image i, its captions or its facts change. Its bytes count: tars unpack with the same times."""
+        return [self.records[i], hashlib.sha256(self.places[i].read()).hexdigest()]
 
 
 # ----------------------------------------------------------------------------- the files of a folder
 
 def suffix(name: str) -> str:
-    """Not in the paper: "0.left.JPG" -> "jpg"; "" for what macOS leaves for each file, `._0.jpg`."""
+    """Not in the paper: "0.left.JPG" -> "jpg"; "" for hidden files, such as macOS leaves for each other, `._0.jpg`."""
     base = name.rpartition("/")[2]
-    return "" if base.startswith("._") else base.rpartition(".")[2].lower()
+    return "" if base.startswith(".") else base.rpartition(".")[2].lower()
+
+
+def nfc(name: str) -> str:
+    """Not in the paper: a name as it is compared, also one that is not UTF-8."""
+    return unicodedata.normalize("NFC", name)
 
 
 def inside(directory: Path, name: str, where) -> Path:
@@ -154,7 +163,7 @@ def inside(directory: Path, name: str, where) -> Path:
         for part in Path(name).parts:
             child = path / part
             if not child.exists() and path.is_dir():
-                child = _names(path, path.stat().st_mtime_ns).get(unicodedata.normalize("NFC", part), child)
+                child = _names(path, path.stat().st_mtime_ns).get(nfc(part), child)
             path = child
         if not path.resolve().is_relative_to(directory.resolve()):
             raise ValueError(f"it leaves the folder {directory}")
@@ -166,7 +175,7 @@ def inside(directory: Path, name: str, where) -> Path:
 @functools.lru_cache(maxsize=64)
 def _names(folder: Path, changed: int) -> dict[str, Path]:
     """The files of a folder by their names in NFC. changed: when, so that a folder that changes is read again."""
-    return {unicodedata.normalize("NFC", path.name): path for path in folder.iterdir()}
+    return {nfc(path.name): path for path in folder.iterdir()}
 
 
 def read_tar(tar: Path) -> Iterator[Place]:

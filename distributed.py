@@ -8,9 +8,11 @@ Not in the paper beyond that. Without torchrun there is one process, and nothing
 import contextlib
 import ctypes
 import datetime
+import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +102,25 @@ def cleanup() -> None:
 
 @contextlib.contextmanager
 def bad_input_is_final():
-    """Bad input ends torchrun too: --max-restarts would only have it refused again. torchrun has no exit code for that,
-    and ends with a traceback and code 1 like after any failure, but it stops when it is signalled. A process that loses
+    """How a process ends under torchrun, which takes bad input for any failure, and itself ends in a traceback and
+    exit code 1: nothing can prevent that. The last line of its report is the line that this process ended in. Where
+    --max-restarts would only have it refused again, a signal stops torchrun, without that report. A process that loses
     another one ends by a RuntimeError, and is started again."""
     try:
         yield
     except SystemExit as end:
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if end.code == 2 and restarts and not isinstance(end.__context__, RuntimeError):
-            print("this is not tried again; what follows is torchrun's own", file=sys.stderr, flush=True)
-            os.kill(os.getppid(), signal.SIGTERM)
-        raise
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            raise
+        sys.stdout.flush()
+        if end.code == 2 and not isinstance(end.__context__, RuntimeError):
+            if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+                time.sleep(int(os.environ["LOCAL_RANK"]))          # a second signal would be a second traceback
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(60)                           # torchrun ends this process; the others shall not miss it
+            line = " ".join(str(end.__context__ or "unknown flags").split())
+            message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+        os._exit(end.code or 0)                          # the threads of torch would abort the process
 
 
 # ----------------------------------------------------------------------------- a model over processes

@@ -17,14 +17,15 @@ from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from config import ends_in_one_line, parse, setting    # first, for Ctrl-C
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from config import ends_in_one_line, parse, setting
 from data import decode_each, encode_each
-from dataset import Dataset, open_recipes
+from dataset import Dataset, inside, open_recipes
 from distributed import check_device
 from files import read_text, write_json
 from generate import Pipeline, in_batches
@@ -102,7 +103,7 @@ def reading(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
 def language(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) -> None:
     """Sec. 3.2, language is kept: perplexity on lines of text.txt by the text head alone, and names translated."""
     model, tokenizer, rng, nats, n = pipeline.model, pipeline.tokenizer, random.Random(f"{c.seed}/text"), 0.0, 0
-    lines = [line for line in read_text(c.data / "text.txt").split("\n") if line.strip()]
+    lines = [line for line in read_text(inside(c.data, "text.txt", c.data)).split("\n") if line.strip()]
     for line in tqdm(rng.sample(lines, min(c.prompts, len(lines))), desc="perplexity"):
         ids = torch.tensor([[*tokenizer.encode(line), tokenizer.eos][:model.config.max_seq_len]], device=c.device)
         logits = model.text_logits(model.hidden(ids[:, :-1]))[0].float()                 # (T, V_t)

@@ -16,13 +16,14 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from urllib.parse import quote
 
+from config import ends_in_one_line, parse, setting    # first, for Ctrl-C
+
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from config import ends_in_one_line, parse, setting
 from data import captioning, decode_each, encode_each, prompt, size_text, text_to_image, title_text
 from distributed import check_device
 from files import atomic_write, read_text, write_text

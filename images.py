@@ -4,12 +4,13 @@ Shapes: (H, W) pixels. An image is a Pillow image in RGB.
 """
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from files import atomic_write, check_regular, first_line
@@ -22,7 +23,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     content: its bytes, where they are at hand; `path` is then only its name. Raises ValueError, one line."""
     source = check_regular(path, "an image") if content is None else io.BytesIO(content)
     try:
-        with Image.open(source, formats=RASTER) as image:
+        with warnings.catch_warnings(record=True), Image.open(source, formats=RASTER) as image:
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
                 raise ValueError("its pixels are floats or have 32 bits")
             image = ImageOps.exif_transpose(image)
@@ -33,7 +34,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:                           # the decoder of each format has errors of its own
-        raise ValueError(f"{path}: not a whole image ({first_line(error)}); expected {', '.join(RASTER)} "
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise ValueError(f"{path}: not a whole image ({reason}); expected {', '.join(RASTER)} "
                          "of 8 or 16 bits") from None
 
 

@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import setting    # first, for Ctrl-C
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import qwen
 from checkpoint import load_folder, save_folder
-from config import setting
 from files import read_json
 from kv_cache import KVCache
 from semvie import LayerInputs, RMSNorm, Router, SemVIEBlock, SemVIEConfig, SwiGLU, rope_angles

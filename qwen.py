@@ -86,7 +86,8 @@ def read_layout(directory: str | Path) -> tuple[Layout, dict]:
     layout = LAYOUTS[kind]
     for key in ("rope_parameters", "rope_scaling"):      # of transformers 5, and of all before
         rope = published.get(key) or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        scaled = not isinstance(rope, dict) or "factor" in rope
+        if scaled or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"{path}: {key} is {rope!r}, expected the default rotary embedding")
         published |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     for key, value in layout.fixed.items():
@@ -127,12 +128,11 @@ def tensor_table(layout: Layout, layers: int, tied: bool) -> dict[str, tuple[str
 def find_shards(directory: Path) -> dict[str, Path]:
     """Not in the paper: tensor -> the safetensors file of a folder that holds it, whether there is one or an index.
     A link may only lead to `../../blobs`, where the cache of huggingface_hub has its files."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        path = directory / "model.safetensors"
-        if not path.exists():
-            raise ValueError(f"{directory}: found neither model.safetensors nor {index.name}")
+    index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if path.exists():                                    # an index next to it is of other weights
         return {name: path for name in _names(path)}
+    if not index.exists():
+        raise ValueError(f"{directory}: found neither {path.name} nor {index.name}")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index}: weight_map is missing or no object, expected tensors and their files")

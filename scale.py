@@ -5,9 +5,10 @@
 import dataclasses
 from dataclasses import dataclass
 
+from config import check, ends_in_one_line, parse, setting    # first, for Ctrl-C
+
 import torch
 
-from config import check, ends_in_one_line, parse, setting
 from mars import LOGITS, MARS, MARSConfig, is_visual
 
 

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from config import Parser, add_flags, build, check, ends_in_one_line, setting    # first, for Ctrl-C
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -31,9 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from config import Parser, add_flags, build, check, ends_in_one_line, setting
 from data import (EncodedImages, Sequence, captioning, collate, joint, open_dataset, size_text, targets_of,
                   text_to_image, title_text)
+from dataset import inside
 from distributed import Distributed, bad_input_is_final, cleanup, init, parallelize, sync_gradients
 from files import lock, read_text, write_text
 from generate import Pipeline, load_stage, write_page
@@ -294,8 +296,8 @@ def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
         save_image(grid(images[0][:8] + images[1][:8]), path.with_suffix(".png"))
         return found
 
-    sizes = [dataset.stamp(i)[:-1] for dataset in datasets for i in range(len(dataset))]     # without their time
-    made_of = {"data_content": digest_of(datasets), "image_content": digest_of([], json.dumps(sizes))}
+    stamps = [dataset.stamp(i) for dataset in datasets for i in range(len(dataset))]
+    made_of = {"data_content": digest_of(datasets), "image_content": digest_of([], json.dumps(stamps))}
     return Stage(module, batch, tensors, sample, lambda out, state: vqgan.save_pretrained(out), made_of,
                  stays_frozen=False)
 
@@ -328,6 +330,8 @@ def next_token_stage(c: TokenStage, model: MARS, tokenizer, vqgan: VQGAN | None,
     """Eq. 1 and 2 over a step's sequences. offset: heads 2 to K are asked at every K-th position, as in sampling;
     names: what generate.py says that the weights know."""
     vocabulary, k, kept = model.vocabulary, model.config.k, model.text_embedding.weight.dtype
+    if len(tokenizer) > vocabulary.text:
+        raise ValueError(f"the text tokenizer has {len(tokenizer)} tokens, the language model only {vocabulary.text}")
 
     def batch(rng: random.Random) -> list[Example]:
         return [example(rng) for _ in range(c.batch)]
@@ -355,7 +359,8 @@ def text_stage(c: TextStage, ranks: Distributed) -> Stage:
     texts = []
     for path in c.data:
         if (path / "text.txt").exists():
-            texts += [line for line in read_text(path / "text.txt").split("\n") if line.strip()]
+            lines = read_text(inside(path, "text.txt", path)).split("\n")
+            texts += [line for line in lines if line.strip()]
         else:
             dataset = open_dataset(path)
             texts += [caption for i in range(len(dataset)) if in_training(dataset.facts(i))
@@ -521,13 +526,13 @@ PRESETS = {
     "emoji": {
         "vqgan": SMALL_VQGAN | dict(steps=11_000, batch=8, lr=1.5e-3, gan=0.1, gan_start=8_500),
         "text": SMALL | dict(steps=4000, batch=64, lr=2e-3, width=192, layers=4, heads=6),
-        "stage1": SMALL | dict(steps=15_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
+        "stage1": SMALL | dict(steps=80_000, batch=8, lr=2e-3, captioning_ratio=0.3, noise=0.5),
         "stage2": SMALL | dict(steps=8000, batch=16, lr=1e-3, captioning_ratio=0.1, max_aspect=3.0),
         "stage3": SMALL | dict(steps=4000, batch=8, lr=1e-3),
         "joint": SMALL | dict(steps=2000, batch=8, lr=5e-4)},
     "nano": {
         "text": SMALL | dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
-        "stage1": SMALL | dict(steps=4000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
+        "stage1": SMALL | dict(steps=8000, batch=8, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
     "qwen": {      # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
         "vqgan": dict(steps=500_000, batch=64, lr=1e-4),
         "stage1": dict(steps=48_000, batch=4096, lr=1e-4),

@@ -19,7 +19,8 @@ class VQGANLossConfig:
     gan_start: int = setting(10_000, "steps before the GAN begins; until then it costs nothing", least=0)
     disc_channels: int = setting(64, "width of the discriminator's first layer", least=1, most=1024)
     warm_up: int = setting(0, "first steps without codebook, which is then filled from a batch; ours", least=0)
-    ema: float = setting(0.0, "decay of the averages that replace the codebook's gradient; 0: off", least=0, most=1)
+    ema: float = setting(0.0, "decay of the averages that replace the codebook's gradient; 0: off", least=0,
+                         most=0.9999)
     restart_every: int = setting(0, "steps without use after which an entry is restarted; 0: never; ours", least=0)
 
 

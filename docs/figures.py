@@ -31,6 +31,7 @@ from experiments import plot
 from files import read_json, read_text, write_json, write_text
 
 WEIGHTS = ROOT / "weights" / "emoji"
+REPORT = "weights/emoji/report.json"
 STAGES = ("vqgan", "text", "stage1", "stage2", "stage3", "joint")     # folders of runs whose weights ship
 
 
@@ -170,14 +171,20 @@ def content(name: str) -> dict:
     return read_json(ROOT / name) if (ROOT / name).is_file() else {}
 
 
+def rows_of(report: str) -> dict[str, dict]:
+    """"drawing, seen, en, top-1" -> that row of a report of evaluate.py, with "shown", its value as it is written."""
+    found = {}
+    for row in content(report).get("rows", []):
+        value = row.get("accuracy", row.get("value"))
+        percent = "accuracy" in row or row["what"] == "codebook usage"
+        row["shown"] = f"{100 * value:.1f}%" if percent else f"{value:.4g}"
+        found[", ".join(row[name] for name in ("task", "split", "language", "what"))] = row
+    return found
+
+
 def number(key: str) -> str:
-    """"drawing, seen, en, top-1" -> that row of the report, as it is written; TODO(key) where it is missing."""
-    for row in content("weights/emoji/report.json").get("rows", []):
-        if f"{row['task']}, {row['split']}, {row['language']}, {row['what']}" == key:
-            if "accuracy" in row:
-                return f"{100 * row['accuracy']:.1f}%"
-            return f"{row['value']:.1%}" if row["what"] == "codebook usage" else f"{row['value']:.4g}"
-    return f"TODO({key})"
+    """A value of the shipped weights' report; TODO(key) where it is missing."""
+    return rows_of(REPORT).get(key, {"shown": f"TODO({key})"})["shown"]
 
 
 def table(head: str, rows) -> str:
@@ -186,13 +193,14 @@ def table(head: str, rows) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def report_table() -> str:
-    """Every row of weights/emoji/report.json."""
+def report_table(report: str, only: tuple[str, ...] = ()) -> str:
+    """The rows of a report; only: those of these measures."""
     rows = []
-    for row in content("weights/emoji/report.json").get("rows", []):
-        names = [row["task"], row["split"], row["language"], row["what"]]
-        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}%" if "accuracy" in row else ""
-        rows.append([*names, number(", ".join(names)), interval, row["n"]])
+    for row in rows_of(report).values():
+        if not only or row["what"] in only:
+            interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}%" if "accuracy" in row else ""
+            names = (row[name] for name in ("task", "split", "language", "what", "shown"))
+            rows.append([*names, interval, row["n"]])
     return table("task | split | language | what | result | 95% interval | n", rows)
 
 
@@ -241,8 +249,9 @@ def benchmark_table() -> str:
     return show(content("results/benchmark.json")["rows"])
 
 
-TABLES = {"report": report_table, "sizes": sizes_table, "training": training_table, "plan": plan_table,
-          "benchmark": benchmark_table}
+TABLES = {"report": functools.partial(report_table, REPORT), "sizes": sizes_table, "training": training_table,
+          "nano": functools.partial(report_table, "results/nano.json", ("top-1", "exact", "perplexity", "translation")),
+          "plan": plan_table, "benchmark": benchmark_table}
 
 
 @functools.cache

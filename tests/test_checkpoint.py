@@ -278,8 +278,9 @@ def test_a_file_of_tensors_alone_loads_and_objects_among_them_are_refused(tmp_pa
     torch.save(small().state_dict(), path, _use_new_zipfile_serialization=False)              # before torch 1.6
     load_pickled(path, model)
     whole = path.read_bytes()
+    odd = [{"layer.weight": tensor} for tensor in (torch.eye(3).to_sparse(), torch.zeros(3, device="meta"))]
     for content in ({**small().state_dict(), "evil": Evil()}, {"state_dict": None}, torch.zeros(3), [1], {1: 2},
-                    Evil()):
+                    Evil(), *odd):
         torch.save(content, path)
         refused(load_pickled, path, model, names=["pytorch_model.bin: not a whole file of tensors alone"])
     for content in (b"", b"text", whole[:len(whole) // 2], whole[:-1]):

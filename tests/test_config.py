@@ -190,6 +190,17 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals and pipes of Unix")
+@pytest.mark.parametrize("name", ["train.py", "data.py"])
+def test_ctrl_c_while_torch_is_imported_ends_in_one_line_too(name, tmp_path):
+    (tmp_path / "torch.py").write_text("import time; print('go', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"go\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == f"\n{name}: interrupted\n".encode() and process.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and pipes of Unix")
 @pytest.mark.parametrize("body", ["[print('line') for _ in range(10 ** 6)]", "print('a few words')"])
 def test_a_reader_that_goes_away_is_no_error(body):
     process = subprocess.Popen(command(body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -24,6 +24,7 @@ from distributed import Distributed
 from images import (Resize, enlarge, grid, open_image, psnr, resize_and_crop, to_image, to_pixels,
                     undo_enlarge)
 from mars import IGNORE
+from pool import digest_of
 from tokenizer import Vocabulary
 from vqgan import VQGAN, VQGANConfig
 
@@ -143,7 +144,13 @@ def test_what_is_no_whole_raster_image_is_refused_in_one_line(tmp_path, case):
     BAD_IMAGES[case](tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png: .*expected") as error:
         open_image(tmp_path / "a.png")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and " at 0x" not in str(error.value)
+
+
+def test_what_pillow_only_warns_of_is_opened_without_a_word(tmp_path, recwarn):
+    cut_exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\xff\xff\xff\xff\0\0"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=cut_exif)
+    assert open_image(tmp_path / "a.jpg").size == (8, 8) and not recwarn.list
 
 
 def test_a_format_that_starts_another_program_is_never_opened(tmp_path, monkeypatch):
@@ -228,7 +235,7 @@ SIDE_FILES = {"0.left.JPG": png(size=(8, 8)), "0.right.png": png(size=(9, 8)), "
               "1.TXT": "\ufeffone", "2.png": png(), "2.caption": "two",
               "3.png": png(), "3.json": '{"caption": "\u4e09"}',
               "v1.5.png": png(), "v1.5.txt": "five", "v1.6.png": png(), "v1.6.txt": "six", "w.png": png(),
-              "._1.png": b"macOS", "._1.txt": b"\xff", "notes.md": "not read"}
+              "._1.png": b"macOS", "._1.txt": b"\xff", ".1.png": b"hidden", "notes.md": "not read"}
 SIDE_CAPTIONS = {"0.left.JPG": ["two eyes"], "0.right.png": ["two eyes"], "1.png": ["one"], "2.png": ["two"],
                  "3.png": ["\u4e09"], "v1.5.png": ["five"], "v1.6.png": ["six"], "w.png": []}
 
@@ -253,6 +260,7 @@ def test_captions_are_found_in_side_files_and_in_tars(tmp_path, kind):
     ('{"file_name": "a.png"}', 'line 2: "text" must be a string'),
     ('{"file_name": "a.png", "text": [1]}', 'line 2: "text" must be a string'),
     ('{"file_name": "a.png", "text": "\\ud800"}', "line 2: the text"),
+    ('{"file_name": "a.png", "text": "x", "note": "\\ud800"}', "line 2: the text"),
     ("[" * 100_000, "line 2: not JSON"),
     (line("b.png"), "b.png: not found"),
     (line("../a.png"), "leaves the folder"),
@@ -312,6 +320,21 @@ def test_a_tar_that_is_damaged_packed_or_holds_links_is_refused(tmp_path, case):
     refused(tmp_path, "0.tar: not a whole, unpacked tar")
 
 
+def test_a_packed_tar_is_not_passed_over(tmp_path):
+    make_tar(tmp_path / "0.tar", TWO)
+    make_tar(tmp_path / "1.tar.gz", TWO, "w:gz")
+    refused(tmp_path, "1.tar.gz: not a whole, unpacked tar")
+
+
+def test_of_two_members_of_one_name_the_later_counts_as_where_a_tar_is_unpacked(tmp_path):
+    with tarfile.open(make_tar(tmp_path / "0.tar", TWO), "a") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size = len(png(size=(9, 9)))
+        tar.addfile(member, io.BytesIO(png(size=(9, 9))))
+    dataset = Dataset(tmp_path)
+    assert [dataset.image(i).size for i in range(len(dataset))] == [(9, 9)] and dataset.captions(0) == ["a"]
+
+
 BAD_FOLDERS = {
     "empty": (lambda f: None, "no image in it"),
     "an image that is a link": (lambda f: (f / "a.png").symlink_to("/etc/passwd"), "leaves the folder"),
@@ -324,6 +347,7 @@ BAD_FOLDERS = {
     "links in a circle": (lambda f: (f / "a.png").symlink_to("a.png"), "a.png"),
     "a manifest in UTF-16": (lambda f: (f / "metadata.jsonl").write_text(line(), encoding="utf-16"), "UTF-16"),
     "a caption in Latin-1": (lambda f: fill(f, {"a.png": png(), "a.txt": b"caf\xe9"}), "a.txt, line 1: byte 0xe9"),
+    "a name in Latin-1": (lambda f: fill(f, {"\udce9.png": png()}), "\udce9.png: the text '\\udce9.png' is not UTF-8"),
     "a caption in a list": (lambda f: fill(f, {"a.png": png(), "a.json": "[1]"}), "a.json: expected a JSON object"),
     "a caption cut": (lambda f: fill(f, {"a.png": png(), "a.json": '{"caption'}), "a.json: not JSON"),
     "a caption that is a number": (lambda f: fill(f, {"a.png": png(), "a.json": '{"text": 5}'}), '"text" must be'),
@@ -416,6 +440,21 @@ def replace_image(folder):
     (folder / "5.png").write_bytes(png("white"))
 
 
+def swap_images(folder):
+    """Two images change places; each file has the size and the time of before, as where tars are unpacked."""
+    contents = [(folder / name).read_bytes() for name in ("6.png", "5.png")]
+    for name, content in zip(("5.png", "6.png"), contents):
+        before = (folder / name).stat()
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert len(content) == before.st_size
+
+
+def touch(folder):
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+
+
 def shorten(folder):
     manifest = folder / "metadata.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(True)[:6]))
@@ -426,8 +465,8 @@ def cut_shard(folder):
     path.write_bytes(path.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("change, again", [(change_caption, 4), (sort_lines, 10), (replace_image, 4), (shorten, 2),
-                                           (cut_shard, 4), (lambda folder: None, 0)])
+@pytest.mark.parametrize("change, again", [(change_caption, 4), (sort_lines, 10), (replace_image, 4), (swap_images, 4),
+                                           (touch, 0), (shorten, 2), (cut_shard, 4), (lambda folder: None, 0)])
 def test_what_changed_is_encoded_again_and_nothing_else(folder, change, again):
     encoded(folder)
     change(folder)
@@ -475,6 +514,13 @@ def test_a_bad_image_ends_the_encoding_or_is_left_out_and_listed(folder, capsys)
     assert encoded(folder, skip_bad=True)[1] == 0
     with pytest.raises(ValueError, match="5.png: not a whole image"):
         encoded(folder)
+
+
+def test_a_shard_of_which_every_image_is_bad_is_left_out_whole(folder):
+    for i in range(4, 8):
+        (folder / f"{i}.png").write_bytes(b"no image")
+    images, n = encoded(folder, skip_bad=True)
+    assert images.valid == [0, 1, 2, 3, 8, 9] and images[5].size == 0 and digest_of([images])
 
 
 @pytest.mark.parametrize("filters, kept", [
@@ -616,6 +662,8 @@ def test_the_command_encodes_a_folder_and_shows_what_was_encoded(tmp_path, capsy
     assert "a.png: a cat" in said and "b.png: (no caption)" in said and Image.open(tmp_path / "grid.png").height >= 256
     fails("encoded by another image tokenizer", "inspect", out, "--weights", other)
     fails("encoded.json: not found", "inspect", tmp_path)
+    fails("nowhere: no such folder", "encode", "--data", tmp_path / "nowhere", *flags[2:], "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     fails("--max-ratio is 0.5, expected at least 1", "encode", *flags, "--max-ratio", "0.5")
     with data.lock(out):
         fails("another run is at work here", "encode", *flags, "--out", out)

@@ -154,8 +154,21 @@ def test_bad_input_ends_torchrun_without_another_try(runs, tmp_path):
     started = time.monotonic()
     output = torchrun(tmp_path, *arguments_of(runs, "text"), "--out", runs / "text", code=1,
                       more=("--max-restarts", "3"))
-    assert output.count("holds a run already; pass --resume") == 1
+    line = "train.py: " + str(runs / "text") + ": holds a run already; pass --resume to go on with it, or another --out"
+    ours, theirs = output.split("Traceback")
+    assert output.count(line) == 1 and [text for text in ours.splitlines() if text[0] not in "WE"][-1] == line
     assert time.monotonic() - started < 100
+
+
+def test_an_unknown_flag_ends_torchrun_without_another_try_too(runs, tmp_path):
+    output = torchrun(tmp_path, *arguments_of(runs, "text"), "--colour", code=1, more=("--max-restarts", "3"))
+    assert output.count("unrecognized arguments: --colour") == 2              # each of the two processes says it
+
+
+def test_the_report_of_torchrun_ends_in_the_line_of_a_refused_run(runs, tmp_path):
+    report = torchrun(tmp_path, *arguments_of(runs, "text"), "--out", runs / "text", code=1).splitlines()
+    assert any("exitcode  : 2" in line for line in report[-5:]) and "SIGABRT" not in "".join(report)
+    assert f"traceback : {runs / 'text'}: holds a run already; pass --resume" in report[-2]
 
 
 @pytest.mark.parametrize("attempt", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 10))])

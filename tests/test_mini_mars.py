@@ -25,7 +25,8 @@ def test_one_page_has_the_loss_and_the_frozen_parameters_of_mars():
     tokens = torch.randint(0, model.vocabulary.size - 8, (2, 24), generator=torch.Generator().manual_seed(0))
     is_target = torch.rand(2, 24, generator=torch.Generator().manual_seed(1)) < 0.5
     is_target[:, 0] = False
-    torch.testing.assert_close(mini.loss(tokens, is_target), model(tokens, targets_of(tokens, is_target, model.vocabulary)))
+    targets = targets_of(tokens, is_target, model.vocabulary)
+    torch.testing.assert_close(mini.loss(tokens, is_target), model(tokens, targets))
     mini.freeze_language(), model.freeze_language()
     assert [p.requires_grad for p in mini.parameters()] == [dict(model.named_parameters())[name].requires_grad
                                                            for name, _ in mini.named_parameters()]

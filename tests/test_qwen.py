@@ -191,6 +191,13 @@ def test_other_ways_to_write_the_same_qwen3_are_the_same(config, folder):
     assert fingerprint(language(folder("qwen3", config))) == fingerprint(language(GOLDEN / "qwen3"))
 
 
+def test_a_single_file_comes_before_the_index_of_other_weights(folder):
+    path = folder("qwen3", tensors={"model.norm.weight": torch.full((64,), 0.5)})
+    for old in (GOLDEN / "qwen3").glob("model*"):
+        shutil.copy(old, path)
+    assert language(path).norm.weight.unique().tolist() == [0.5]
+
+
 def test_a_head_width_in_qwen2s_config_is_read(folder):
     assert language(folder("qwen2", {"head_dim": 16})).config == language(GOLDEN / "qwen2").config
 
@@ -214,6 +221,7 @@ REFUSED = {
         ({"rope_scaling": YARN}, "rope_scaling is {'rope_type': 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {'type': 'linear'"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling is {'factor': 4.0}, expected the default"),
         ({"rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_parameters is {'rope_type': 'yarn'"),
         ({"rope_theta": ..., "rope_parameters": {"full_attention": {}}}, "rope_theta is 'missing'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1.0"),

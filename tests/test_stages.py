@@ -17,6 +17,7 @@ from distributed import Distributed
 from mars import MARS, is_visual
 from scale import training_memory
 from test_train import arguments_of, folder, lines, preset, refused, run, runs, weights, write_lines   # noqa: fixtures
+from tokenizer import TextTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,6 +46,13 @@ def test_stage_i_grows_out_of_a_published_folder_as_it_is(runs, tmp_path, golden
     (tmp_path / "out" / "checkpoint-000004.pt").unlink()
     run(*arguments, "--out", tmp_path / "out", "--resume", "--save-every", 3)
     assert weights(tmp_path / "out") == written
+
+
+def test_a_text_tokenizer_of_more_tokens_than_the_language_model_has_is_refused(runs, tmp_path, capsys):
+    language = shutil.copytree(runs / "text", tmp_path / "text")
+    TextTokenizer.train(map(chr, range(0x4e00, 0x4f00))).save_pretrained(language)
+    message = refused(capsys, *arguments_of(runs, "stage1")[:-1], language, "--out", tmp_path / "out")
+    assert "the text tokenizer has 515 tokens, the language model only 277" in message
 
 
 def test_stage_i_goes_on_from_the_language_side_of_a_model_that_draws(runs, tmp_path):

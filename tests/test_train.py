@@ -309,7 +309,7 @@ def test_a_run_goes_on_with_its_own_data_and_inputs_alone(runs, tmp_path, capsys
         name = "vqgan" if change == "vqgan" else "language"
         other = inputs[name] = shutil.copytree(inputs[name], tmp_path / "other")
         if change == "tokenizer":
-            generate.TextTokenizer.train(["other words"], 300).save_pretrained(other)
+            generate.TextTokenizer.train(["other words"], 9).save_pretrained(other)
         else:
             model = (train.VQGAN if change == "vqgan" else MARS).from_pretrained(other)
             with torch.no_grad():
@@ -587,20 +587,22 @@ def test_what_would_fail_at_the_first_sample_is_refused_before_training(runs, tm
     assert not (tmp_path / "out" / "samples").exists()
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder"])
-def test_text_txt_that_is_no_regular_file_is_refused(folder, tmp_path, capsys, kind):
-    os.mkfifo(folder / "text.txt") if kind == "fifo" else (folder / "text.txt").mkdir()
+@pytest.mark.parametrize("make, expected", [
+    (os.mkfifo, "not a regular file, expected a file"), (os.mkdir, "a folder, expected a file"),
+    (lambda path: path.symlink_to(__file__), "it leaves the folder")])
+def test_text_txt_that_is_no_regular_file_of_the_folder_is_refused(folder, tmp_path, capsys, make, expected):
+    make(folder / "text.txt")
     message = refused(capsys, "text", "--data", folder, "--out", tmp_path / "out")
-    assert "text.txt: " in message and "expected a text file in UTF-8" in message
+    assert "'text.txt' cannot be read (" in message and expected in message
 
 
 def test_flags_go_before_the_preset_and_help_shows_what_the_preset_has(capsys):
-    assert train.read_flags(["stage1"])[1].save_bf16 and train.read_flags(["stage1"])[1].steps == 15_000
+    assert train.read_flags(["stage1"])[1].save_bf16 and train.read_flags(["stage1"])[1].steps == 80_000
     assert not train.read_flags(["stage1", "--no-save-bf16"])[1].save_bf16
     assert not train.read_flags(["vqgan", "--no-local-encoder", "--no-no-attn-mid-block"])[1].no_attn_mid_block
     with pytest.raises(SystemExit):
         train.read_flags(["stage1", "--help"])
-    assert "(default: 15000)" in " ".join(capsys.readouterr().out.split())
+    assert "(default: 80000)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stage, flag", [
@@ -614,6 +616,7 @@ def test_settings_out_of_range_and_that_do_not_fit_are_refused(runs, tmp_path, c
     text = [*arguments_of(runs, "text"), "--out", tmp_path / "out"]
     assert "--steps is 0, expected 1 to 1000000000" in refused(capsys, *text, "--steps", 0)
     assert "--lr is nan, expected a finite number" in refused(capsys, *text, "--lr", "nan")
+    assert "--ema is 1.0, expected 0 to 0.9999" in refused(capsys, *arguments_of(runs, "vqgan"), "--ema", 1)
     assert "--shard spreads a model over processes" in refused(capsys, *text, "--shard")
     for device in ("moon", "meta", "mps", ""):
         assert f"device {device!r}" in refused(capsys, *text, "--device", device)
@@ -632,6 +635,8 @@ def test_bad_folders_are_refused_by_name(runs, tmp_path, capsys):
     assert "empty: no image in it; expected metadata.jsonl" in message
     message = refused(capsys, "vqgan", "--data", tmp_path / "nowhere", "--out", tmp_path / "out2")
     assert "nowhere: no such folder" in message
+    message = refused(capsys, "vqgan", "--data", runs / "stage1" / "tokens" / "0", "--out", tmp_path / "out3")
+    assert "holds image tokens, not images; expected a folder of images here" in message
     path = make_folder(tmp_path / "held")
     write_lines(path / "metadata.jsonl", [{"file_name": "0.png", "text": "x", "split": "test"}])
     for stage in ("vqgan", "stage1"):
