@@ -162,7 +162,7 @@ def test_bad_input_ends_torchrun_without_another_try(runs, tmp_path):
 
 def test_an_unknown_flag_ends_torchrun_without_another_try_too(runs, tmp_path):
     output = torchrun(tmp_path, *arguments_of(runs, "text"), "--colour", code=1, more=("--max-restarts", "3"))
-    assert output.count("unrecognized arguments: --colour") == 2              # each of the two processes says it
+    assert 1 <= output.count("unrecognized arguments: --colour") <= 2         # each of the two processes once, at most
 
 
 def test_the_report_of_torchrun_ends_in_the_line_of_a_refused_run(runs, tmp_path):
