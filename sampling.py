@@ -75,6 +75,12 @@ def noise(seed: int, position: int, V: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, position)).standard_exponential(V)).float()
 
 
+def log_noise(seeds: list[int], positions: range, V: int) -> Tensor:
+    """Not in the paper: the logarithms of `noise`, (positions, seeds, V)."""
+    rows = [noise(seed, position, V) for position in positions for seed in seeds]
+    return torch.stack(rows).log().unflatten(0, (-1, len(seeds)))
+
+
 def race(p: Tensor, noise: Tensor) -> Tensor:
     """Not in the paper: one token from each row of p (..., V) -> (...), by exponential noise (..., V). Token v arrives
     at the time noise[v] / p[v]; the first to arrive is v with probability p[v]."""
@@ -134,15 +140,14 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
     verify = not (images and sampling.unverified)
 
     @functools.lru_cache(maxsize=2 + most // 16)
-    def log_noise(part, V):            # of 16 positions at a time: of one at a time it takes three times as long
-        rows = [noise(seed, t, V) for t in range(16 * part, min(16 * part + 16, length)) for seed in seeds]
-        return torch.stack(rows).log().to(states.device).unflatten(0, (-1, B))   # (up to 16, B, V)
+    def noise_of(part, V):             # 16 positions at a time: one at a time takes three times as long
+        return log_noise(seeds, range(16 * part, min(16 * part + 16, length)), V).to(states.device)
 
     def sample(logits, t):
         if sampling.temperature == 0:
             return logits.argmax(-1)
         at = range(t, t + logits.shape[1])
-        rows = torch.stack([log_noise(i // 16, logits.shape[2])[i % 16] for i in at], dim=1)     # (B, T, V)
+        rows = torch.stack([noise_of(i // 16, logits.shape[2])[i % 16] for i in at], dim=1)     # (B, T, V)
         if sampling.top_k or sampling.top_p < 1:
             return race(probabilities(logits, sampling), rows.exp())             # (B, T)
         return torch.sub(logits, rows, alpha=sampling.temperature).argmax(-1)    # the same race without a softmax
@@ -153,14 +158,12 @@ def decode(model: MARS, prompts: list[list[int]], logits_of, length: int, sampli
         kept = int((sampled[:, :n] == drafts).all(dim=0).long().cumprod(0).sum()) if n else 0
         tokens = torch.cat((tokens, sampled[:, :kept + 1]), dim=1)
         cache.length -= n - kept                                                 # forget what was refused
-        n, read = max(0, min(most, length - tokens.shape[1] - verify)), tokens[:, -1:]
+        n, read, drafts = max(0, min(most, length - tokens.shape[1] - verify)), tokens[:, -1:], drafts[:, :0]
         if n and K > 1:
             state = states[:, kept:kept + 1]
             drafts = sample(torch.cat([logits_of(state, k, tokens) for k in range(2, n + 2)], 1), tokens.shape[1])
         elif n:
             drafts = torch.cat((sampled[:, kept + 1:], sampled[:, -1:].expand(B, n)), dim=1)[:, :n]
-        else:
-            drafts = drafts[:, :0]
         if n:
             read = torch.cat((read, drafts), dim=1)                              # (B, 1 + n)
         if not verify:

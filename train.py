@@ -221,12 +221,10 @@ def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
                     part_loss = model(*(x.to(device) for x in part), **more) * (counts[i] / total)
                     (part_loss * ranks.world_size).backward()      # DDP divides by it
                 loss += part_loss.item()
-            loss = ranks.all_reduce_sum(loss)
-            if not math.isfinite(loss):
-                raise not_finite("loss", loss, step, batch, config.out)
-            norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
-            if not math.isfinite(norm):
-                raise not_finite("norm of the gradient", norm, step, batch, config.out)
+            loss, norm = ranks.all_reduce_sum(loss), float(nn.utils.clip_grad_norm_(trained, config.clip))
+            for what, value in {"loss": loss, "norm of the gradient": norm}.items():
+                if not math.isfinite(value):
+                    raise not_finite(what, value, step, batch, config.out)
             optimizer.step()
             optimizer.zero_grad()
             if step == 0 and stage.uniform and ranks.is_main:
