@@ -108,6 +108,8 @@ def bad_input_is_final():
     another one ends by a RuntimeError, and is started again."""
     try:
         yield
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            sys.exit()                                   # a run that ended well takes the same way out
     except SystemExit as end:
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
@@ -120,7 +122,7 @@ def bad_input_is_final():
             line = " ".join(str(end.__context__ or "unknown flags").split())
             message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
-        os._exit(end.code or 0)                          # the threads of torch would abort the process
+        os._exit(end.code or 0)                          # on the usual way out threads of gloo may abort the process
 
 
 # ----------------------------------------------------------------------------- a model over processes
