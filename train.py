@@ -185,7 +185,7 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     decays = {name for name, p in trained.items() if p.ndim >= 2 and "quantize." not in name}
     groups = [{"params": [p for name, p in trained.items() if name in decays], "weight_decay": config.weight_decay},
               {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(stage: Stage, config: TrainConfig, ranks: Distributed) -> None:
