@@ -91,7 +91,9 @@ class MARS(nn.Module):
         is_padding = tokens == self.vocabulary.special("<pad>")        # in a language model alone: an id without a row
         if cache and not past and is_padding.any():
             cache.padding = is_padding.sum(1)                                          # (B,)
-        router = Router(tokens >= V_t, is_padding)
+        frozen = torch.is_grad_enabled() and not any(
+            p.requires_grad for name, p in self.named_parameters() if not is_visual(name))
+        router = Router(tokens >= V_t, is_padding, frozen)
         embed_visual = (lambda ids: self.visual_embedding(ids - V_t)) if self.visual_embedding else None
         x = router(router.pack(tokens), self.text_embedding, embed_visual)             # (N, D)
         inputs = self.layer_inputs(tokens, router, cache)

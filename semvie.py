@@ -51,14 +51,17 @@ class Router:
         T V V . .                     0 1 5 2 3 6 7   (positions in the flattened batch)
     """
 
-    def __init__(self, is_visual: Tensor, is_padding: Tensor):
-        """is_visual, is_padding: (B, T) bool."""
-        self.shape = is_visual.shape
-        kind = is_visual.long().masked_fill(is_padding, 2).flatten()          # (B*T,)
-        self.rows = n_text, n_visual = torch.bincount(kind, minlength=3)[:2].tolist()
-        order = kind.argsort(stable=True)
-        self.inverse = order.argsort().clamp(max=n_text + n_visual - 1)       # padding repeats the last row
-        self.order = order[:n_text + n_visual]                                # (N,)
+    def __init__(self, is_visual: Tensor, is_padding: Tensor, language_is_frozen: bool = False):
+        """is_visual, is_padding: (B, T) bool. language_is_frozen: text before the first visual token of its sequence,
+        such as a prompt, has met nothing that trains, so it goes first and gets no gradient."""
+        self.shape, kind = is_visual.shape, 1 + is_visual.long()
+        if language_is_frozen:
+            kind = kind.masked_fill(is_visual.cumsum(1) == 0, 0)
+        kind = kind.masked_fill(is_padding, 3).flatten()                      # (B*T,)
+        self.rows = torch.bincount(kind, minlength=4)[:3].tolist()            # prompts, other text, visual tokens
+        order, N = kind.argsort(stable=True), sum(self.rows)
+        self.inverse = order.argsort().clamp(max=N - 1)                       # padding repeats the last row
+        self.order = order[:N]                                                # (N,)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) in the order of the sequence -> (N, ...) in the order of the experts."""
@@ -73,10 +76,11 @@ class Router:
         With gradients an expert without rows runs on its empty slice: DDP waits for a gradient of every parameter."""
         if visual_expert is None:
             return text_expert(x)
-        if not torch.is_grad_enabled() and 0 in self.rows:
-            return text_expert(x) if self.rows[0] else visual_expert(x)
-        x_t, x_v = x.split(self.rows)
-        return torch.cat((text_expert(x_t), visual_expert(x_v)))
+        _, n_text, n_visual = self.rows
+        if not torch.is_grad_enabled() and 0 in (n_text, n_visual):
+            return text_expert(x) if n_text else visual_expert(x)
+        prompt, x_t, x_v = x.split(self.rows)
+        return torch.cat((text_expert(prompt.detach()), text_expert(x_t), visual_expert(x_v)))
 
 
 # ----------------------------------------------------------------------------- the parts of a Qwen block

@@ -1,7 +1,7 @@
 """Draws the figures of README.md and docs/, and writes what they quote: numbers from JSON, and links to lines of code.
 
     python docs/figures.py drawings      docs/layouts.svg (docs/architecture.svg is drawn by hand)
-    python docs/figures.py samples       docs/samples.png: what weights/emoji draws
+    python docs/figures.py samples       docs/samples.png and docs/stages.png: what weights/emoji draws
     python docs/figures.py collect       results/training.json from runs/STAGE
     python docs/figures.py curves        docs/curves.svg from results/training.json (pip install matplotlib)
     python docs/figures.py update        numbers and line links of README.md and docs/*.md
@@ -140,6 +140,36 @@ def samples(weights: Path):
     return grid(tiles, gap=0)
 
 
+SEVERAL = ("red apple to the left of a cat", "蓝心在太阳的上面", "a key above a rocket", "从左到右是企鹅、房子和伞")
+ENLARGED = ("panda", "女宇航员", "robot", "草莓")
+RECIPE = "how to make a woman astronaut"
+
+
+def stages(weights: Path):
+    """What Stage II, Stage III and joint output make of SEVERAL, ENLARGED and RECIPE: a row of an image each."""
+    from PIL import Image, ImageDraw
+    from generate import Pipeline
+    second, third, joint = (Pipeline.from_pretrained(weights / name) for name in ("", "stage3", "joint"))
+    sizes = ((64, 128), (128, 64), (128, 64), (64, 192))
+    several = [second.text_to_image([text], seeds=[0], size=size)[0] for text, size in zip(SEVERAL, sizes)]
+    small = second.text_to_image(ENLARGED, seeds=[0] * len(ENLARGED))
+    large = third.super_resolve(small, ENLARGED, seeds=[0] * len(ENLARGED))
+    (text, images), = joint.interleaved([RECIPE], seeds=[0])
+    rows = [zip(SEVERAL, several), [pair for name, a, b in zip(ENLARGED, small, large)
+                                    for pair in ((f"{name}, 64 px", a), ("128 px", b))],
+            [(f"{RECIPE}:", Image.new("RGB", (192, 64), "white")), *zip(text.splitlines(), images)]]
+    canvas, y = Image.new("RGB", (1180, 660), "white"), 8
+    for row in map(list, rows):
+        x, tall = 8, max(image.height if image.width != image.height else 64 for _, image in row)
+        for caption, image in row:
+            scale = 1 if image.size == (128, 128) else 2
+            canvas.paste(image.resize((scale * image.width, scale * image.height), Image.Resampling.LANCZOS), (x, y))
+            ImageDraw.Draw(canvas).text((x, y + 2 * tall + 14), caption, "black", find_font(15), anchor="lm")
+            x += max(scale * image.width, int(find_font(15).getlength(caption))) + 16
+        y += 2 * tall + 36
+    return canvas.crop((0, 0, 1180, y))
+
+
 def collect(runs: Path) -> dict:
     """Settings, minutes and curves of the run of each stage that is there."""
     found = {}
@@ -208,17 +238,18 @@ def sizes_table() -> str:
     """Parameters and files of what ships, from the headers of its files."""
     from safetensors import safe_open
     from mars import is_visual
-    count, places = Counter(), []
-    for name in ("model.safetensors", "vqgan/model.safetensors"):
-        places.append(f"`weights/emoji/{name}`, {(WEIGHTS / name).stat().st_size / 1e6:.1f} MB")
-        with safe_open(WEIGHTS / name, "np") as file:
-            for key in file.keys():
-                side = "vqgan" if "vqgan" in name else "visual" if is_visual(key) else "language"
-                count[side] += math.prod(file.get_slice(key).get_shape())
-    million = lambda side: f"{count[side] / 1e6:.2f} million"
-    return table("| parameters | file", [("language side, frozen", million("language"), places[0]),
-                                         ("visual side, trained", million("visual"), "the same file"),
-                                         ("image tokenizer", million("vqgan"), places[1])])
+    rows, million = [], lambda n: f"{n / 1e6:.2f} million"
+    for place, what in {"": "Stages I and II", "stage3": "Stage III", "joint": "joint output",
+                        "vqgan": "image tokenizer"}.items():
+        path, count = WEIGHTS / place / "model.safetensors", Counter()
+        if path.is_file():
+            with safe_open(path, "np") as file:
+                for key in file.keys():
+                    side = place == "vqgan" or is_visual(key)
+                    count[side] += math.prod(file.get_slice(key).get_shape())
+            rows.append([what, million(count[False]) if count[False] else "-", million(count[True]),
+                         f"`{path.relative_to(ROOT).as_posix()}`, {path.stat().st_size / 1e6:.1f} MB"])
+    return table("| language side | visual side | file", rows)
 
 
 def training_table() -> str:
@@ -249,9 +280,18 @@ def benchmark_table() -> str:
     return show(content("results/benchmark.json")["rows"])
 
 
+def paper_table(name: str, report: str) -> str:
+    """What a table of experiments/tables.py shows."""
+    from experiments.tables import SHOWN, wide
+    head, *lines = wide(content(report).get("rows", []), *SHOWN[name])
+    return table(" | ".join(head).replace("_", " "), lines)
+
+
 TABLES = {"report": functools.partial(report_table, REPORT), "sizes": sizes_table, "training": training_table,
           "nano": functools.partial(report_table, "results/nano.json", ("top-1", "exact", "perplexity", "translation")),
-          "plan": plan_table, "benchmark": benchmark_table}
+          "plan": plan_table, "benchmark": benchmark_table,
+          "Eq. 2": functools.partial(paper_table, "Eq. 2", "results/table4.json"),
+          **{f"table {n}": functools.partial(paper_table, n, f"results/table{n}.json") for n in "2347"}}
 
 
 @functools.cache
@@ -306,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "samples" in c.what:
             from images import save_image
             save_image(samples(c.weights), ROOT / "docs" / "samples.png")
+            save_image(stages(c.weights), ROOT / "docs" / "stages.png")
         if "collect" in c.what:
             write_json(ROOT / "results" / "training.json", collect(c.runs))
         if "curves" in c.what:

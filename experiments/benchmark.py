@@ -142,7 +142,7 @@ def batch_of(sequences: list, vocabulary, device) -> tuple[torch.Tensor, torch.T
 def training_step(model: MARS, bf16: bool):
     """A function of a batch: forward, backward and AdamW of what trains in `model`, in bf16 as train.py does it."""
     model.train().freeze_language()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     device = model.norm.weight.device.type
 
     def step(batch):

@@ -25,6 +25,26 @@ from judge import interval, language_of
 BUDGETS = (0.25, 0.5, 1.0)                         # of --steps: a curve, not a point
 CHINESE = (0.5, 0.05, 0.0)                         # fraction of the captions; the paper's models saw almost none
 
+# What a table shows, for `wide`: what its lines are told apart by; of each column the rows that it takes.
+SEEN = {"English": {"task": ("drawing",), "split": ("seen",), "language": ("en",), "what": ("top-1",)},
+        "Chinese": {"task": ("drawing",), "split": ("seen",), "language": ("zh",), "what": ("top-1",)}}
+ONLY_TEXT = {"Chinese withheld": {"split": ("zh withheld",), "language": ("zh",), "what": ("top-1",)},
+             "other names": {"split": ("alias",), "what": ("top-1",)}}
+LANGUAGE = {"perplexity": {"what": ("perplexity",)},
+            "into Chinese": {"what": ("translation",), "language": ("zh",)},
+            "into English": {"what": ("translation",), "language": ("en",)}}
+SHOWN = {
+    "2": (("task", "split", "what"), {"English": {"language": ("en",)}, "Chinese": {"language": ("zh",)}}),
+    "3": (("visual_experts", "steps"), SEEN | ONLY_TEXT | LANGUAGE),
+    "4": (("stage",), {name: row | {"task": ("drawing", "several, all sizes", "x128, K = 16 verified"),
+                                    "split": ("seen", "held-out pair"), "what": ("top-1", "all")}
+                       for name, row in SEEN.items()}),
+    "7": (("chinese",), SEEN),
+    "Eq. 2": (("task",), {name: {"stage": ("III",), "what": (what,)} | more for name, what, more in (
+        ("PSNR, dB", "PSNR", {}), ("top-1, English", "top-1", {"language": ("en",)}),
+        ("top-1, Chinese", "top-1", {"language": ("zh",)}), ("forward passes", "passes", {}),
+        ("seconds", "seconds", {}))})}            # of Table 4's rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
@@ -99,6 +119,20 @@ def with_chinese(c: TablesConfig, fraction: float) -> Path:
     return out
 
 
+def wide(rows: list[dict], labels: tuple[str, ...], columns: dict[str, dict[str, tuple]]) -> list[list[str]]:
+    """A table to read: a head, then a line for each value of `labels`, with "57.7% (54.6 to 60.7)" in each column."""
+    lines = {}
+    for row in rows:
+        for name, wanted in columns.items():
+            if all(row[key] in values for key, values in wanted.items()):
+                scale, unit, form = (100, "%", ".1f") if "accuracy" in row else (1, "", ".4g")
+                value = row.get("accuracy", row.get("value")) * scale
+                spread = f" ({scale * row['low']:{form}} to {scale * row['high']:{form}})" if "low" in row else ""
+                lines.setdefault(tuple(str(row[label]) for label in labels), {})[name] = f"{value:{form}}{unit}{spread}"
+    used = [name for name in columns if any(name in cells for cells in lines.values())]
+    return [[*labels, *used], *([*label, *(cells.get(name, "") for name in used)] for label, cells in lines.items())]
+
+
 # ----------------------------------------------------------------------------- one function a table
 
 def table2(c: TablesConfig) -> list[dict]:
@@ -146,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = {"2": table2, "3": table3, "4": table4, "7": figure7}[c.table](c)
         out = c.out or Path("results") / f"table{c.table}.json"
         write_json(out, {"command": f"python -m experiments.tables {c.table}", "preset": c.preset, "rows": rows})
-        print(f"wrote {out}")
+        print(*(" | ".join(line) for line in wide(rows, *SHOWN[c.table])), f"wrote {out}", sep="\n")
 
 
 if __name__ == "__main__":

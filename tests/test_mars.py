@@ -69,6 +69,22 @@ def test_a_token_costs_one_expert_and_padding_costs_none():
     assert seen == {"text": 2, "visual": 3}
 
 
+def test_a_prompt_gets_no_gradient_and_what_trains_gets_the_same_as_without_that_shortcut(mars):
+    tokens = mixed_tokens(mars)
+    tokens[1] = tokens[1].roll(-len(TEXT))                       # captioning: the image first, then text
+    gradients, on_the_way = {}, []
+    mars.blocks[1].ffn.register_forward_hook(lambda m, x, y: on_the_way.append((len(y), y.requires_grad)))
+    for frozen in (True, False):
+        mars.requires_grad_(True)
+        mars = mars.freeze_language() if frozen else mars
+        mars.zero_grad()
+        loss(mars, tokens, torch.ones_like(tokens, dtype=torch.bool)).backward()
+        gradients[frozen] = {name: p.grad for name, p in mars.named_parameters() if is_visual(name)}
+    assert on_the_way == [(5, False), (9, True), (0, True), (14, True)]        # rows, of a prompt and of other text
+    for name, gradient in gradients[True].items():
+        torch.testing.assert_close(gradient, gradients[False][name], msg=name)
+
+
 def test_indices_are_computed_once_a_forward_pass(mars, monkeypatch):
     made = []
     init = Router.__init__

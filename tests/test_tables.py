@@ -51,6 +51,14 @@ def test_counts_of_seeds_are_added_up_and_values_get_their_range():
     assert (perplexity["value"], perplexity["low"], perplexity["high"]) == (4.0, 3.0, 5.0)
 
 
+def test_a_table_to_read_has_a_line_for_each_row_of_the_papers_and_a_column_for_each_measure():
+    rows = [row for steps, correct in ((7, 5), (8, 10)) for row in
+            tables.pooled([report(correct, 3.0)], visual_experts="with", steps=steps)]
+    assert tables.wide(rows, *tables.SHOWN["3"]) == [
+        ["visual_experts", "steps", "English", "perplexity"],
+        ["with", "7", "50.0% (23.7 to 76.3)", "3 (3 to 3)"], ["with", "8", "100.0% (72.2 to 100.0)", "3 (3 to 3)"]]
+
+
 def test_no_interval_leaves_0_to_100_percent():
     (row, _), (none, _) = tables.pooled([report(10, 1)] * 3), tables.pooled([report(0, 1)] * 3)
     assert row["high"] == 1.0 and none["low"] == 0.0 and row["low"] < 1 and none["high"] > 0
