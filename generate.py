@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from data import captioning, decode_each, encode_each, prompt, size_text, text_to_image, title_text
+from data import captioning, decode_each, deinterlace, encode_each, prompt, size_text, text_to_image, title_text
 from distributed import check_device
 from files import atomic_write, read_text, write_text
 from images import enlarge, grid, open_image, resize_and_crop, save_image, to_pixels, undo_enlarge, upscaled_size
@@ -204,7 +204,8 @@ class Pipeline:
             unconditional = [None] * len(captions) if sampling.guidance != 1 else []
             prompts = [prompt(caption, self.vocabulary, ids, image)
                        for caption, image in zip(captions + unconditional, low + low)]
-            return generate_image_tokens(self.model, prompts, shape, sampling, seeds, on_tokens)[0]
+            tokens = generate_image_tokens(self.model, prompts, shape, sampling, seeds, on_tokens)[0]
+            return tokens if low[0] is None else torch.stack([deinterlace(each, low[0]) for each in tokens])
         return in_batches(make, captions, low or [None] * len(captions), seeds)
 
     def _write(self, prompts, sampling, seeds, images=False) -> list[tuple[list[int], Tensor]]:

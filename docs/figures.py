@@ -9,6 +9,7 @@
 A page marks what is written into it; tests/test_docs.py holds that it is up to date:
 
     <!--= drawing, seen, en, top-1 -->97.1%<!--/-->       a row of weights/emoji/report.json
+    <!--= recipes.json: recipes, seen, en, all -->...     a row of results/recipes.json
     <!--= sizes --> ... <!--/-->                          a table: a key of TABLES
     [`MARS.loss`](mars.py#L172)                           the line of a class or a function
 """
@@ -213,8 +214,9 @@ def rows_of(report: str) -> dict[str, dict]:
 
 
 def number(key: str) -> str:
-    """A value of the shipped weights' report; TODO(key) where it is missing."""
-    return rows_of(REPORT).get(key, {"shown": f"TODO({key})"})["shown"]
+    """A value of the shipped weights' report, or of another one named before it; TODO(key) where it is missing."""
+    report, _, name = key.rpartition(": ")
+    return rows_of(f"results/{report}" if report else REPORT).get(name, {"shown": f"TODO({key})"})["shown"]
 
 
 def table(head: str, rows) -> str:

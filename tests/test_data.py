@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import data
-from data import (EncodedImages, Filters, captioning, collate, encode, joint, open_dataset, prompt, targets_of,
-                  text_to_image)
+from data import (EncodedImages, Filters, captioning, collate, deinterlace, encode, interlace, joint, open_dataset,
+                  prompt, targets_of, text_to_image)
 from dataset import Dataset, open_recipes
 from distributed import Distributed
 from images import (Resize, enlarge, grid, open_image, psnr, resize_and_crop, to_image, to_pixels,
@@ -47,6 +47,20 @@ def test_the_cascade_gives_caption_size_and_small_image_and_asks_for_the_large_o
     sequence = text_to_image([5], large, VOCABULARY, size=[9], low=TOKENS)
     assert sequence.tokens == [5, 9, IMG, 45, 43, 42, 44, 49, 49, 50, 50, END]
     assert sequence.is_target == [False] * 7 + [True] * 5
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 5), (3, 1)])
+def test_a_token_of_the_large_image_is_always_as_far_behind_the_one_that_it_refines(shape):
+    low = torch.arange(shape[0] * shape[1]).view(shape)
+    large = low.repeat_interleave(3, 0).repeat_interleave(3, 1)                        # what each of its tokens refines
+    assert interlace(large, low).flatten().tolist() == low.flatten().tolist() * 9
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (6, 12), (3, 6), (3, 4)])
+def test_the_large_image_is_put_back_in_raster_order(shape):
+    low, large = torch.zeros(2, 4), torch.arange(shape[0] * shape[1]).view(shape)
+    written = torch.tensor(text_to_image([5], large, VOCABULARY, low=low).tokens[-large.numel() - 1:-1]) - 42
+    assert torch.equal(deinterlace(written.view(shape), low), large)
 
 
 def test_captioning_is_size_and_image_then_caption_and_its_targets_are_the_caption():

@@ -12,7 +12,7 @@ from PIL import Image
 import generate
 import train
 from conftest import make_mars
-from data import EncodedImages, size_text
+from data import EncodedImages, interlace, size_text
 from distributed import Distributed
 from mars import MARS, is_visual
 from scale import training_memory
@@ -134,7 +134,7 @@ def test_the_cascade_reads_caption_size_and_a_corrupted_small_image(runs, tmp_pa
         assert caption in small.captions(i) and sequence.tokens[start - len(size):start] == size
         low = torch.tensor(sequence.tokens[start + 1:end]) - v.text
         changed += (low != torch.from_numpy(small[i].astype(int)).flatten()).sum().item()
-        assert sequence.tokens[end:-1] == [v.text + int(token) for token in large[i].flatten()]
+        assert sequence.tokens[end:-1] == [v.text + int(token) for token in interlace(large[i], small[i]).flatten()]
         assert sequence.is_target == [False] * end + [True] * 65
     assert changed / (16 * len(sequences)) == pytest.approx(corruption * 15 / 16, abs=0.03)     # 1 in 16 stays itself
 
