@@ -44,6 +44,7 @@ RELATIONS = {"left": ("{x} to the left of {b}", "{b} to the right of {a}", "{a} 
                        "{甲}在{乙}的上面", "{乙}在{甲}的下面", "{乙}的上面是{甲}"),
              "row": ("{x}, {y} and {z} from left to right", "from left to right: {x}, {y} and {z}",
                      "从左到右是{甲}、{乙}和{丙}", "{甲}、{乙}和{丙}从左到右排成一行")}
+PAIRS = 30_000                                           # 6,000 were learned by heart
 TRANSLATIONS = ("{en} in Chinese is {zh}", "{en}: {zh}",
                 "{zh}的英文是{en}", "{zh}: {en}", "{en}的中文是{zh}")
 ALIASES = ("{x} is another name for {en}", "{x}: {en}", "{en}: {x}", "{en} is also called {x}",
@@ -222,21 +223,21 @@ def text(lines: list[dict], recipes: list[dict], rng: random.Random) -> list[str
 
 
 def make_pairs(out: Path, lines: list[dict], images: dict[str, Image.Image], rng: random.Random) -> None:
-    """Writes 6,000 images and `out/metadata.jsonl`: concepts evenly, a tone in one of ten cells, no withheld name."""
+    """Writes PAIRS images and `out/metadata.jsonl`: concepts evenly, a tone in one of ten cells, no withheld name."""
     concepts, pairs = (defaultdict(list), defaultdict(list)), []
     for line in lines:
         if line["split"] == "train" and "zh withheld" not in line["held_out_text"]:
             concepts["skin tone" in line["names"]["en"][0]][line["concept"]].append(line)
     (out / "images").mkdir(parents=True)
-    for number in tqdm(range(6000), desc="pairs"):
+    for number in tqdm(range(PAIRS), desc="pairs"):
         relation = ("left", "above", "row")[number % 3]
         pools = [list(concepts[rng.random() < 0.1].values()) for _ in range(3 if relation == "row" else 2)]
         cells = [rng.choice(rng.choice(pool)) for pool in pools]
         pixels = np.concatenate([images[cell["file_name"]] for cell in cells], axis=0 if relation == "above" else 1)
-        Image.fromarray(pixels).save(out / "images" / f"{number:04}.png")
+        Image.fromarray(pixels).save(out / "images" / f"{number:05}.png")
         stems = [Path(cell["file_name"]).stem for cell in cells]
         part = "held-out pair" if chance("pair", *sorted(stems)) < 0.1 else "train"
-        pairs.append({"file_name": f"images/{number:04}.png", "text": fine_captions(relation, cells, rng),
+        pairs.append({"file_name": f"images/{number:05}.png", "text": fine_captions(relation, cells, rng),
                       "split": part, "cells": stems, "relation": relation})
     write_lines(out / "metadata.jsonl", pairs)
 

@@ -524,10 +524,10 @@ PRESETS = {
     "emoji": {
         "vqgan": SMALL_VQGAN | dict(steps=11_000, batch=8, lr=1.5e-3, gan=0.1, gan_start=8_500),
         "text": SMALL | dict(steps=4000, batch=64, lr=2e-3, width=192, layers=4, heads=6),
-        "stage1": SMALL | dict(steps=80_000, batch=8, lr=2e-3, captioning_ratio=0.3, noise=0.5),
-        "stage2": SMALL | dict(steps=8000, batch=16, lr=1e-3, captioning_ratio=0.1, max_aspect=3.0),
-        "stage3": SMALL | dict(steps=4000, batch=8, lr=1e-3),
-        "joint": SMALL | dict(steps=2000, batch=8, lr=5e-4)},
+        "stage1": SMALL | dict(steps=33_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
+        "stage2": SMALL | dict(steps=15_000, batch=8, lr=1e-3, captioning_ratio=0.15, max_aspect=3.0),
+        "stage3": SMALL | dict(steps=3400, batch=4, lr=2e-3, corruption=0.15),
+        "joint": SMALL | dict(steps=1200, batch=8, lr=5e-4)},
     "nano": {
         "text": SMALL | dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
         "stage1": SMALL | dict(steps=8000, batch=8, lr=2e-3, captioning_ratio=0.15, noise=0.5)},

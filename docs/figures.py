@@ -1,7 +1,7 @@
 """Draws the figures of README.md and docs/, and writes what they quote: numbers from JSON, and links to lines of code.
 
     python docs/figures.py drawings      docs/layouts.svg (docs/architecture.svg is drawn by hand)
-    python docs/figures.py samples       docs/samples.png and docs/stages.png: what weights/emoji draws
+    python docs/figures.py samples       docs/samples.png: what weights/emoji draws
     python docs/figures.py collect       results/training.json from runs/STAGE
     python docs/figures.py curves        docs/curves.svg from results/training.json (pip install matplotlib)
     python docs/figures.py update        numbers and line links of README.md and docs/*.md
@@ -9,7 +9,7 @@
 A page marks what is written into it; tests/test_docs.py holds that it is up to date:
 
     <!--= drawing, seen, en, top-1 -->97.1%<!--/-->       a row of weights/emoji/report.json
-    <!--= recipes.json: recipes, seen, en, all -->...     a row of results/recipes.json
+    <!--= table3.json: with, 1400, drawing, seen, en, top-1 -->99.4%<!--/-->      of results/table3.json
     <!--= sizes --> ... <!--/-->                          a table: a key of TABLES
     [`MARS.loss`](mars.py#L172)                           the line of a class or a function
 """
@@ -141,36 +141,6 @@ def samples(weights: Path):
     return grid(tiles, gap=0)
 
 
-SEVERAL = ("red apple to the left of a cat", "蓝心在太阳的上面", "a key above a rocket", "从左到右是企鹅、房子和伞")
-ENLARGED = ("panda", "女宇航员", "robot", "草莓")
-RECIPE = "how to make a woman astronaut"
-
-
-def stages(weights: Path):
-    """What Stage II, Stage III and joint output make of SEVERAL, ENLARGED and RECIPE: a row of an image each."""
-    from PIL import Image, ImageDraw
-    from generate import Pipeline
-    second, third, joint = (Pipeline.from_pretrained(weights / name) for name in ("", "stage3", "joint"))
-    sizes = ((64, 128), (128, 64), (128, 64), (64, 192))
-    several = [second.text_to_image([text], seeds=[0], size=size)[0] for text, size in zip(SEVERAL, sizes)]
-    small = second.text_to_image(ENLARGED, seeds=[0] * len(ENLARGED))
-    large = third.super_resolve(small, ENLARGED, seeds=[0] * len(ENLARGED))
-    (text, images), = joint.interleaved([RECIPE], seeds=[0])
-    rows = [zip(SEVERAL, several), [pair for name, a, b in zip(ENLARGED, small, large)
-                                    for pair in ((f"{name}, 64 px", a), ("128 px", b))],
-            [(f"{RECIPE}:", Image.new("RGB", (192, 64), "white")), *zip(text.splitlines(), images)]]
-    canvas, y = Image.new("RGB", (1180, 660), "white"), 8
-    for row in map(list, rows):
-        x, tall = 8, max(image.height if image.width != image.height else 64 for _, image in row)
-        for caption, image in row:
-            scale = 1 if image.size == (128, 128) else 2
-            canvas.paste(image.resize((scale * image.width, scale * image.height), Image.Resampling.LANCZOS), (x, y))
-            ImageDraw.Draw(canvas).text((x, y + 2 * tall + 14), caption, "black", find_font(15), anchor="lm")
-            x += max(scale * image.width, int(find_font(15).getlength(caption))) + 16
-        y += 2 * tall + 36
-    return canvas.crop((0, 0, 1180, y))
-
-
 def collect(runs: Path) -> dict:
     """Settings, minutes and curves of the run of each stage that is there."""
     found = {}
@@ -196,6 +166,9 @@ def curves(training: dict) -> str:
 
 # ----------------------------------------------------------------------------- numbers and links
 
+NAMED_BY = ("stage", "visual_experts", "steps", "chinese", "task", "split", "language", "what")
+
+
 @functools.cache
 def content(name: str) -> dict:
     """A JSON file of the repository; {} where it is not there yet."""
@@ -209,7 +182,7 @@ def rows_of(report: str) -> dict[str, dict]:
         value = row.get("accuracy", row.get("value"))
         percent = "accuracy" in row or row["what"] == "codebook usage"
         row["shown"] = f"{100 * value:.1f}%" if percent else f"{value:.4g}"
-        found[", ".join(row[name] for name in ("task", "split", "language", "what"))] = row
+        found[", ".join(str(row[name]) for name in NAMED_BY if name in row)] = row
     return found
 
 
@@ -241,7 +214,7 @@ def sizes_table() -> str:
     from safetensors import safe_open
     from mars import is_visual
     rows, million = [], lambda n: f"{n / 1e6:.2f} million"
-    for place, what in {"": "Stages I and II", "stage3": "Stage III", "joint": "joint output",
+    for place, what in {"": "Stage I", "stage3": "Stage III", "joint": "joint output",
                         "vqgan": "image tokenizer"}.items():
         path, count = WEIGHTS / place / "model.safetensors", Counter()
         if path.is_file():
@@ -292,8 +265,8 @@ def paper_table(name: str, report: str) -> str:
 TABLES = {"report": functools.partial(report_table, REPORT), "sizes": sizes_table, "training": training_table,
           "nano": functools.partial(report_table, "results/nano.json", ("top-1", "exact", "perplexity", "translation")),
           "plan": plan_table, "benchmark": benchmark_table,
-          "Eq. 2": functools.partial(paper_table, "Eq. 2", "results/table4.json"),
-          **{f"table {n}": functools.partial(paper_table, n, f"results/table{n}.json") for n in "2347"}}
+          "table 3": functools.partial(paper_table, "3", "results/table3.json"),
+          "table 7": functools.partial(paper_table, "7", "results/table7.json")}
 
 
 @functools.cache
@@ -348,7 +321,6 @@ def main(arguments: list[str] | None = None) -> None:
         if "samples" in c.what:
             from images import save_image
             save_image(samples(c.weights), ROOT / "docs" / "samples.png")
-            save_image(stages(c.weights), ROOT / "docs" / "stages.png")
         if "collect" in c.what:
             write_json(ROOT / "results" / "training.json", collect(c.runs))
         if "curves" in c.what:

@@ -140,8 +140,11 @@ def batch_of(sequences: list, vocabulary, device) -> tuple[torch.Tensor, torch.T
 
 
 def training_step(model: MARS, bf16: bool):
-    """A function of a batch: forward, backward and AdamW of what trains in `model`, in bf16 as train.py does it."""
+    """A function of a batch: forward, backward and AdamW of what trains in `model`, in bf16 as train.py does it: what
+    is frozen stays as it was read."""
     model.train().freeze_language()
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad or not bf16 else p.data
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     device = model.norm.weight.device.type
 
@@ -157,7 +160,7 @@ def training_step(model: MARS, bf16: bool):
 def train(c: BenchmarkConfig) -> list[dict]:
     """A step of Stage I against a dense model of the same shape whose weights all train, and the operations a second
     that it reaches, on a GPU nearly MFU."""
-    model, generator, rows = load_stage(c.weights, c.device)[0].float(), torch.Generator().manual_seed(0), []
+    model, generator, rows = MARS.from_pretrained(c.weights).to(c.device), torch.Generator().manual_seed(0), []
     dense = MARS(dataclasses.replace(model.config, visual_experts=False)).initialise().to(c.device)
 
     def batch(text):

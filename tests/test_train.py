@@ -597,12 +597,12 @@ def test_text_txt_that_is_no_regular_file_of_the_folder_is_refused(folder, tmp_p
 
 
 def test_flags_go_before_the_preset_and_help_shows_what_the_preset_has(capsys):
-    assert train.read_flags(["stage1"])[1].save_bf16 and train.read_flags(["stage1"])[1].steps == 80_000
+    assert train.read_flags(["stage1"])[1].save_bf16 and train.read_flags(["stage1"])[1].steps == 33_000
     assert not train.read_flags(["stage1", "--no-save-bf16"])[1].save_bf16
     assert not train.read_flags(["vqgan", "--no-local-encoder", "--no-no-attn-mid-block"])[1].no_attn_mid_block
     with pytest.raises(SystemExit):
         train.read_flags(["stage1", "--help"])
-    assert "(default: 80000)" in " ".join(capsys.readouterr().out.split())
+    assert "(default: 33000)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stage, flag", [
