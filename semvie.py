@@ -80,7 +80,8 @@ class Router:
         if not torch.is_grad_enabled() and 0 in (n_text, n_visual):
             return text_expert(x) if n_text else visual_expert(x)
         prompt, x_t, x_v = x.split(self.rows)
-        return torch.cat((text_expert(prompt.detach()), text_expert(x_t), visual_expert(x_v)))
+        without_gradient = [text_expert(prompt.detach())] if len(prompt) else []
+        return torch.cat((*without_gradient, text_expert(x_t), visual_expert(x_v)))
 
 
 # ----------------------------------------------------------------------------- the parts of a Qwen block
