@@ -81,8 +81,8 @@ def prompt(caption: list[int] | None, vocabulary: Vocabulary, size: list[int] = 
 
 def interlace(tokens, low) -> Tensor:
     """Sec. 3.4, Stage III; the order is ours: image tokens (h, w) that enlarge an image (h / f, w / f) f times, as they
-    are written: the first of each f x f block, then the second of each. So what a token refines is always as far back;
-    in raster order a small model learns too late where to look.
+    are written: the first of each f x f block, then the second of each. In each of these f * f rounds what a token
+    refines is always as far back; in raster order a small model learns too late where to look.
 
         [[1, 2, 1, 2], [3, 4, 3, 4]], enlarging (1, 2)  ->  1 1 2 2 3 3 4 4
     """
