@@ -44,7 +44,7 @@ RELATIONS = {"left": ("{x} to the left of {b}", "{b} to the right of {a}", "{a} 
                        "{甲}在{乙}的上面", "{乙}在{甲}的下面", "{乙}的上面是{甲}"),
              "row": ("{x}, {y} and {z} from left to right", "from left to right: {x}, {y} and {z}",
                      "从左到右是{甲}、{乙}和{丙}", "{甲}、{乙}和{丙}从左到右排成一行")}
-PAIRS = 30_000                                           # 6,000 were learned by heart
+PAIRS = {"all": 30_000, "nano": 10_000}                  # 6,000 of all were learned by heart
 TRANSLATIONS = ("{en} in Chinese is {zh}", "{en}: {zh}",
                 "{zh}的英文是{en}", "{zh}: {en}", "{en}的中文是{zh}")
 ALIASES = ("{x} is another name for {en}", "{x}: {en}", "{en}: {x}", "{en} is also called {x}",
@@ -64,7 +64,7 @@ SENTENCES = {                                            # nothing to do with im
 class OpenMoji:
     """Builds the emoji data set: images, captions, text, pairs and recipes."""
     out: Path = setting(Path("data/emoji"), "folder to write", metavar="FOLDER")
-    subset: str = setting("all", "nano: about 200 emoji, without pairs and recipes", choices=("all", "nano"))
+    subset: str = setting("all", "nano: about 200 emoji, without recipes", choices=("all", "nano"))
 
     def __post_init__(self):
         check(self)
@@ -222,14 +222,14 @@ def text(lines: list[dict], recipes: list[dict], rng: random.Random) -> list[str
     return rng.sample(sorted(set(texts)), len(set(texts)))
 
 
-def make_pairs(out: Path, lines: list[dict], images: dict[str, Image.Image], rng: random.Random) -> None:
-    """Writes PAIRS images and `out/metadata.jsonl`: concepts evenly, a tone in one of ten cells, no withheld name."""
+def make_pairs(out: Path, n: int, lines: list[dict], images: dict[str, Image.Image], rng: random.Random) -> None:
+    """Writes n images and `out/metadata.jsonl`: concepts evenly, a tone in one of ten cells, no withheld name."""
     concepts, pairs = (defaultdict(list), defaultdict(list)), []
     for line in lines:
         if line["split"] == "train" and "zh withheld" not in line["held_out_text"]:
             concepts["skin tone" in line["names"]["en"][0]][line["concept"]].append(line)
     (out / "images").mkdir(parents=True)
-    for number in tqdm(range(PAIRS), desc="pairs"):
+    for number in tqdm(range(n), desc="pairs"):
         relation = ("left", "above", "row")[number % 3]
         pools = [list(concepts[rng.random() < 0.1].values()) for _ in range(3 if relation == "row" else 2)]
         cells = [rng.choice(rng.choice(pool)) for pool in pools]
@@ -243,12 +243,14 @@ def make_pairs(out: Path, lines: list[dict], images: dict[str, Image.Image], rng
 
 
 def make_recipes(lines: list[dict]) -> list[dict]:
-    """Sec. 4.6, Fig. 9: title, numbered steps and images, in one language; all are trained drawings with Chinese."""
+    """Sec. 4.6, Fig. 9: title, numbered steps and images, in one language; all are trained drawings with Chinese, and
+    without skin tones, which would make five recipes of six."""
     by_emoji, recipes = {line["emoji"]: line for line in lines}, []
     for line in lines:
         steps = [*(by_emoji[part] for part in line["parts"]), line]
         known = all(step["split"] == "train" and "zh withheld" not in step["held_out_text"] for step in steps)
-        if known and line["parts"] and line["emoji"] not in line["parts"]:
+        toned = any("skin tone" in step["names"]["en"][0] for step in steps)
+        if known and not toned and line["parts"] and line["emoji"] not in line["parts"]:
             part = "held-out recipe" if chance("recipe", Path(line["file_name"]).stem) < 0.1 else "train"
             for language, title in (("en", "how to make {a}"), ("zh", "怎样做{x}")):
                 names = [step["names"][language][0] for step in steps]
@@ -281,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_lines(out / "text.txt", text(lines, recipes, rng))
         if whole:
             write_lines(out / "recipes.jsonl", recipes)
-            make_pairs(out / "pairs", lines, images, rng)
+        make_pairs(out / "pairs", PAIRS[settings.subset], lines, images, rng)
         write_lines(out / "metadata.jsonl", lines)
         print(f"{out}: {len(lines)} drawings, {dict(Counter(line['split'] for line in lines))}")
 

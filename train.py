@@ -6,7 +6,7 @@
     python train.py stage2 --data data/emoji/pairs data/emoji --out runs/stage2 --init runs/stage1
     python train.py stage3 --data data/emoji --out runs/stage3 --init runs/stage2
     python train.py joint  --data data/emoji --out runs/joint  --init runs/stage2     (Sec. 4.6: text and images)
-    python train.py all    --preset nano --data data/nano --out runs/nano             (those of the preset, in a row)
+    python train.py all    --preset nano --data data/nano --out runs/nano --until stage1      (several in a row)
     torchrun --nproc_per_node=8 train.py stage1 ...                                   (see distributed.py)
 
 Shapes: B batch, T tokens, K tokens predicted at each position.
@@ -151,6 +151,12 @@ class Stage3(TokenStage):
 class Joint(TokenStage):
     """Sec. 4.6: text and images in one output, on recipes (`recipes.jsonl` of --data); the language side trains too."""
     init: Path = setting(Path("weights/emoji"), "Stage I or II")
+
+
+@dataclass(frozen=True, kw_only=True)
+class All(TrainConfig):
+    """The stages of a preset in a row."""
+    until: str = setting("joint", "the last of them", choices=("vqgan", "text", "stage1", "stage2", "stage3", "joint"))
 
 
 # ----------------------------------------------------------------------------- the loop (Sec. 4.1)
@@ -530,7 +536,9 @@ PRESETS = {
         "joint": SMALL | dict(steps=1200, batch=8, lr=5e-4)},
     "nano": {
         "text": SMALL | dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
-        "stage1": SMALL | dict(steps=8000, batch=8, lr=2e-3, captioning_ratio=0.15, noise=0.5)},
+        "stage1": SMALL | dict(steps=8000, batch=8, lr=2e-3, captioning_ratio=0.15, noise=0.5),
+        "stage2": SMALL | dict(steps=12_000, batch=8, lr=1e-3, captioning_ratio=0.15, max_aspect=3.0),
+        "stage3": SMALL | dict(steps=8000, batch=4, lr=2e-3, corruption=0.15)},
     "qwen": {      # the paper's: 200 million pairs once, 50 million twice, 4,096 a step; 10 million triplets once
         "vqgan": dict(steps=500_000, batch=64, lr=1e-4),
         "stage1": dict(steps=48_000, batch=4096, lr=1e-4),
@@ -546,7 +554,7 @@ def read_flags(arguments: list[str]) -> tuple[str, TrainConfig, str]:
     preset = first.parse_known_args(arguments)[0].preset
     parser = Parser("train.py", description="Trains one stage of MARS, or all of a preset in a row.")
     stages = parser.add_subparsers(dest="stage", required=True)
-    kinds = {name: kind for name, (kind, _) in STAGES.items()} | {"all": TrainConfig}
+    kinds = {name: kind for name, (kind, _) in STAGES.items()} | {"all": All}
     for name, kind in kinds.items():
         sub = stages.add_parser(name, help=kind.__doc__.splitlines()[0])
         sub.add_argument("--preset", choices=PRESETS, default="emoji", help="settings of each stage, see PRESETS")
@@ -557,17 +565,20 @@ def read_flags(arguments: list[str]) -> tuple[str, TrainConfig, str]:
     return values.stage, build(kinds[values.stage], values, stages.choices[values.stage]), preset
 
 
-def run_all(arguments: list[str], config: TrainConfig, preset: str, ranks: Distributed) -> None:
-    """Every stage of a preset in a row, each in its folder of --out and from those before it; what the preset lacks
+def run_all(arguments: list[str], config: All, preset: str, ranks: Distributed) -> None:
+    """The stages of a preset in a row, each in its folder of --out and from those before it; what the preset lacks
     comes from the stage's defaults."""
     pairs = [path / "pairs" for path in config.data if (path / "pairs").is_dir()]
     inputs = {"stage1": {"vqgan": "vqgan", "language": "text"}, "stage2": {"init": "stage1"},
               "stage3": {"init": "stage2"}, "joint": {"init": "stage2"}}
-    for name in PRESETS[preset]:
+    own = Parser("train.py", add_help=False)
+    own.add_argument("--until")
+    arguments = own.parse_known_args(arguments[1:])[1]
+    for name in filter(PRESETS[preset].get, list(STAGES)[:list(STAGES).index(config.until) + 1]):
         more = ["--out", config.out / name, "--data", *(pairs if name == "stage2" else ()), *config.data]
         for flag, source in inputs.get(name, {}).items():
             more += [f"--{flag}", config.out / source] if source in PRESETS[preset] else []
-        run_stage(*read_flags([name, *arguments[1:], *map(str, more)])[:2], ranks)
+        run_stage(*read_flags([name, *arguments, *map(str, more)])[:2], ranks)
 
 
 def run_stage(name: str, config: TrainConfig, ranks: Distributed) -> None:

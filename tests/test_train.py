@@ -252,13 +252,16 @@ def test_a_resumed_run_ends_in_the_same_bytes(runs, tmp_path, stage):
     assert lines(parts) == lines(runs / stage)
 
 
-def test_all_stages_go_on_with_the_one_that_was_killed(runs, tmp_path):
+def test_all_stages_go_on_with_the_one_that_was_killed_until_the_last_asked_for(runs, tmp_path):
     parts = tmp_path / "runs"
     shutil.copytree(runs, parts)
     shutil.rmtree(parts / "stage3")
     for path in (parts / "joint").iterdir():
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    run("all", "--data", parts / "data", "--out", parts, "--resume")
+    command = ["all", "--data", parts / "data", "--out", parts, "--resume"]
+    run(*command, "--until", "stage2")
+    assert not (parts / "stage3").exists()
+    run(*command)
     assert weights(parts) == weights(runs)
 
 
