@@ -275,13 +275,17 @@ class GenerateConfig(Sampling):
 KNOWN = {*"a an the of picture image photo drawing emoji draw me please 请 画 一 个 张 幅 的 图 片".split()}
 
 
+def words_of(text: str) -> list[str]:
+    """Not in the paper: "A cat, 红苹果" -> ["a", "cat", "红", "苹", "果"]."""
+    return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.casefold())
+
+
 def unknown_words(text: str, names: list[str]) -> tuple[list[str], list[str]]:
     """Not in the paper: the words (Chinese: characters) of a prompt that no name has, and the three nearest names.
 
         ("a red dgo", ["dog", "cat", "red apple", "sun"])  ->  ["dgo"], ["red apple", "dog", "sun"]
     """
-    words = lambda text: re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.casefold())
-    known, asked = KNOWN.union(*map(words, names)), words(text)
+    known, asked = KNOWN.union(*map(words_of, names)), words_of(text)
     unknown = [word for word in dict.fromkeys(asked) if word not in known]
     plain = (" " if text.isascii() else "").join(word for word in asked if word not in KNOWN)
     return unknown, difflib.get_close_matches(plain, names, 3, cutoff=0.0) if unknown else []

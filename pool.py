@@ -15,7 +15,7 @@ from data import EncodedImages, Sequence, decode_each, encode, open_dataset
 from dataset import open_recipes
 from distributed import Distributed
 from files import read_text, write_json, write_text
-from generate import Pipeline, Sampling
+from generate import Pipeline, Sampling, words_of
 from images import Resize, grid, save_image
 from vqgan import VQGAN
 
@@ -131,12 +131,14 @@ class Pool:
         return prompts
 
     def names(self) -> list[str]:
-        """What captions call their images: of each image those captions that hold no other one, in lower case."""
-        found = set()
-        for images, rows, _ in self.folders:
-            for i in rows:
-                texts = {text.casefold() for text in images.captions(i)}
-                found |= {text for text in texts if not any(other != text and other in text for other in texts)}
+        """What captions call their images: of each image those captions that hold no other one, in lower case; of an
+        image made of others, such as Stage II's, only captions with a word that is new."""
+        found, known, made = set(), set(), lambda item: "cells" in item[0].facts(item[1])
+        for images, i in sorted(((images, i) for images, rows, _ in self.folders for i in rows), key=made):
+            texts = {text.casefold() for text in images.captions(i)}
+            own = {text for text in texts if not any(other != text and other in text for other in texts)}
+            found |= {text for text in own if not made((images, i)) or not known.issuperset(words_of(text))}
+            known.update(*map(words_of, own))
         return sorted(found)
 
     @staticmethod

@@ -23,6 +23,7 @@ from distributed import Distributed
 from files import lock
 from images import resize_and_crop, to_pixels
 from mars import MARS, is_visual
+from pool import Pool
 from run import Output
 from sampling import GREEDY
 from train import PRESETS, TrainConfig, learning_rate
@@ -597,6 +598,17 @@ def test_text_txt_that_is_no_regular_file_of_the_folder_is_refused(folder, tmp_p
     make(folder / "text.txt")
     message = refused(capsys, "text", "--data", folder, "--out", tmp_path / "out")
     assert "'text.txt' cannot be read (" in message and expected in message
+
+
+def test_names_are_short_captions_and_of_images_made_of_others_only_what_brings_new_words():
+    class Images(list):
+        captions, facts = (lambda self, i: self[i][0]), (lambda self, i: self[i][1])
+    pairs = Images([(["cat left of dog", "cat left of dog 64x128"], {"cells": ["cat", "dog"]}),
+                    (["dog left of cat"], {"cells": ["dog", "cat"]}), (["狗在猫的左边"], {"cells": ["dog", "cat"]})])
+    singles = Images([(["cat", "A cat", "猫"], {}), (["dog", "狗"], {})])
+    pool = Pool.__new__(Pool)
+    pool.folders = [(pairs, range(3), None), (singles, range(2), None)]
+    assert pool.names() == sorted(["cat", "猫", "dog", "狗", "cat left of dog", "狗在猫的左边"])
 
 
 def test_flags_go_before_the_preset_and_help_shows_what_the_preset_has(capsys):
