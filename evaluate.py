@@ -52,8 +52,8 @@ class EvaluateConfig(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.recipes and (self.guidance, self.best_of) != (1, 1):
-            raise ValueError("guidance and --best-of do nothing with --recipes")
+        if self.recipes and (self.guidance, self.best_of, self.k, self.unverified) != (1, 1, 0, False):
+            raise ValueError("guidance, --best-of, --k and --unverified do nothing with --recipes")
 
 
 def draw(pipeline: Pipeline, texts: list[str], c: EvaluateConfig, size: tuple[int, int]) -> list[Image.Image]:
@@ -160,6 +160,8 @@ def recipes(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) ->
     pools = defaultdict(list)
     for recipe in open_recipes(c.data):
         pools[split_of(recipe.facts), language_of(recipe.title)].append(recipe)
+    if not pools:
+        raise ValueError(f"{c.data}: no recipe in its recipes.jsonl, expected some to write")
     asked = choose(pools, c.prompts, c.seed)
     pages = pipeline.interleaved([recipe.title for _, recipe in asked], c, range(c.seed, c.seed + len(asked)))
     for ((split, lang), recipe), (text, images) in zip(asked, pages):
@@ -186,6 +188,8 @@ def enlarging(found: dict, pipeline: Pipeline, judge: Judge, c: EvaluateConfig) 
     if not side:
         raise ValueError(f"{c.stage3}: weights of another stage, expected those of train.py stage3")
     asked = [question for question in questions(judge.dataset, c.prompts, c.seed) if question[0] == "seen"]
+    if not asked:
+        raise ValueError(f"{c.data}: every image is held out, expected some of the split \"train\" to enlarge")
     texts, images = [row[2] for row in asked], [judge.dataset.image(row[3]) for row in asked]
     drawn, wanted = draw(pipeline, texts, c, size), [judge.images_of(text) for text in texts]
     small = pipeline.reconstruct([resize_and_crop(image, *size) for image in images])

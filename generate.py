@@ -66,7 +66,7 @@ def load_stage(directory: str | Path, device="cpu") -> tuple[MARS, VQGAN, TextTo
     """Not in the paper: model, image tokenizer and text tokenizer of a folder that train.py wrote; the image tokenizer
     is in `vqgan` inside it or next to it. A CPU computes in float32. Raises ValueError, one line, for a bad folder, a
     language model alone, or another image tokenizer than it had."""
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     model = MARS.from_pretrained(directory, device)
     if not model.vocabulary.image:
         raise ValueError(f"{directory}: a language model alone, expected weights of train.py from stage1 on")
@@ -310,12 +310,14 @@ def warn(prompts: tuple[str, ...], weights: Path) -> None:
     for text in prompts if names else ():
         unknown, nearest = unknown_words(text, names)
         if unknown:
-            print(f"generate.py: these weights do not know {', '.join(unknown)}; they know {', '.join(nearest)}",
+            print(f"generate.py: {weights.resolve().name} does not know {', '.join(unknown)}; it knows {', '.join(nearest)}",
                   file=sys.stderr)
 
 
-def load_pipeline(directory: Path, c: GenerateConfig) -> Pipeline:
-    """Not in the paper: a pipeline for the command, which leaves a small model one thread: more wait for each other."""
+def load_pipeline(directory: Path, c: GenerateConfig, *prompts: str) -> Pipeline:
+    """Not in the paper: a pipeline for the command, which leaves a small model one thread: more wait for each other.
+    prompts: see `warn`."""
+    warn(prompts, directory)
     pipeline = Pipeline.from_pretrained(directory, check_device(c.device))
     if sum(p.numel() for p in pipeline.model.parameters()) < SMALL:
         torch.set_num_threads(1)
@@ -324,19 +326,22 @@ def load_pipeline(directory: Path, c: GenerateConfig) -> Pipeline:
 
 def from_prompts(c: GenerateConfig, weights: Path) -> list[Image.Image]:
     """`generate.py PROMPT ...`: the images, enlarged with --upscale."""
-    pipeline = load_pipeline(weights, c)
-    upscaler = None if c.upscale is None else load_pipeline(weights / "stage3", c)
-    warn(c.prompts, weights)
+    pipeline = load_pipeline(weights, c, *c.prompts)
+    upscaler = None if c.upscale is None else load_pipeline(weights / "stage3", c, *c.prompts)
     prompts, seeds = [text for text in c.prompts for _ in range(c.num)], [*range(c.seed, c.seed + c.num)]
     size, steps = tuple(map(int, c.size.split("x"))) if c.size else None, []
-    images = pipeline.text_to_image(prompts, c, seeds * len(c.prompts), size=size, best_of=c.best_of,
+    sampling = replace(c, k=0, unverified=False) if upscaler else c            # K is that of Stage III
+    images = pipeline.text_to_image(prompts, sampling, seeds * len(c.prompts), size=size, best_of=c.best_of,
                                     on_tokens=steps.append)
     if c.film:
         first, *frames = [enlarge(frame, c.scale) for frame in pipeline.film(steps, size)]
         atomic_write(c.film, lambda path: first.save(path, format="GIF", save_all=True, append_images=frames,
                                                      duration=[80] * len(frames) + [2000]))
         print(f"wrote {c.film}")
-    return upscaler.super_resolve(images, prompts, seeds=seeds * len(c.prompts)) if upscaler else images
+    if upscaler:
+        images = upscaler.super_resolve(images, prompts, replace(GREEDY, k=c.k, unverified=c.unverified),
+                                        seeds * len(c.prompts))
+    return images
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -353,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(text)
         elif c.upscale:
             image, sampling = undo_enlarge(open_image(*c.upscale)), replace(GREEDY, k=c.k, unverified=c.unverified)
-            upscaler = load_pipeline(c.weights or WEIGHTS / "stage3", c)
+            upscaler = load_pipeline(c.weights or WEIGHTS / "stage3", c, c.prompt)
             larger, = upscaler.super_resolve([image], [c.prompt], sampling, [c.seed])
             save_image(enlarge(larger, c.scale), out)
         else:

@@ -179,5 +179,5 @@ def write_samples(pipeline: Pipeline, pool: Pool, path: Path, seed: int, prompts
         drawn |= zip(rows, pipeline.text_to_image([prompts[j] for j in rows], Sampling(), rows, size=size))
     drawn = [drawn[j] for j in range(len(prompts))]
     rows = [part[j:j + 8] for j in range(0, len(prompts), 8) for part in (originals, drawn)]
-    save_image(grid([image for row in rows for image in row]), path.with_suffix(".png"))
+    save_image(grid([image for row in rows for image in row], min(8, len(prompts))), path.with_suffix(".png"))
     write_text(path.with_suffix(".txt"), "\n".join(prompts) + "\n")

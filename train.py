@@ -5,7 +5,7 @@
     python train.py stage1 --data data/emoji --out runs/stage1 --vqgan runs/vqgan --language runs/text
     python train.py stage2 --data data/emoji/pairs data/emoji --out runs/stage2 --init runs/stage1
     python train.py stage3 --data data/emoji --out runs/stage3 --init runs/stage2
-    python train.py joint  --data data/emoji --out runs/joint  --init runs/stage2     (Sec. 4.6: text and images)
+    python train.py joint  --data data/emoji --out runs/joint  --init runs/stage1     (Sec. 4.6: text and images)
     python train.py all    --preset nano --data data/nano --out runs/nano --until stage1      (several in a row)
     torchrun --nproc_per_node=8 train.py stage1 ...                                   (see distributed.py)
 
@@ -139,7 +139,7 @@ class Stage2(PairStage):
 @dataclass(frozen=True, kw_only=True)
 class Stage3(TokenStage):
     """Sec. 3.4, Stage III: the cascade, from a caption and a small image to the large one, K tokens at a time."""
-    init: Path = setting(Path("weights/emoji"), "Stage II, or an earlier run of this stage")
+    init: Path = setting(Path("weights/emoji"), "Stage I or II, or an earlier run of this stage")
     k: int = setting(16, "K of Eq. 2", least=1, most=64)
     max_aspect: float = setting(2.0, "longest side, in shortest sides; images beyond are cropped", least=1, most=16)
     long_side: int = setting(128, "side of an enlarged square, in pixels; the paper's is 1024", least=2)
@@ -297,7 +297,7 @@ def vqgan_stage(c: VQGANStage, ranks: Distributed) -> Stage:
                 restored = [vqgan.decode(vqgan.encode(x[None].to(ranks.device)))[0] for x in chosen]
                 images = [[to_image(x) for x in part] for part in (chosen, restored)]
                 found[f"psnr_{name}"] = sum(map(psnr, *images)) / len(chosen)
-        save_image(grid(images[0][:8] + images[1][:8]), path.with_suffix(".png"))
+        save_image(grid(images[0][:8] + images[1][:8], min(8, len(images[0]))), path.with_suffix(".png"))
         return found
 
     stamps = [dataset.stamp(i) for dataset in datasets for i in range(len(dataset))]
@@ -448,7 +448,7 @@ def pair_stage(c: PairStage, ranks: Distributed, model: MARS, vqgan: VQGAN, toke
 
 
 def stage3(c: Stage3, ranks: Distributed) -> Stage:
-    """Sec. 3.4, Stage III: weights of its own that start as Stage II's; caption, small image, large image."""
+    """Sec. 3.4, Stage III: weights of its own that start as Stage II's, or I's; caption, small image, large image."""
     earlier, vqgan, tokenizer = load_stage(c.init, ranks.device)
     side, tokens = vqgan.config.resolution, (c.long_side // vqgan.factor) ** 2
     if c.long_side < side or tokens > earlier.config.max_seq_len:
@@ -486,7 +486,7 @@ def stage3(c: Stage3, ranks: Distributed) -> Stage:
         save_image(grid([*plain, *ours, *truth], columns=len(chosen)), path.with_suffix(".png"))
         mean = lambda images: sum(map(psnr, images, truth)) / len(truth)
         return {"psnr": mean(ours), "psnr_bicubic": mean(plain)}
-    return next_token_stage(c, model, tokenizer, vqgan, example, sample, offset=True,
+    return next_token_stage(c, model, tokenizer, vqgan, example, sample, offset=True, names=pool.names(),
                             data_content=digest_of(small + large), init_content=fingerprint(earlier))
 
 
@@ -533,7 +533,7 @@ PRESETS = {
         "stage1": SMALL | dict(steps=33_000, batch=16, lr=2e-3, captioning_ratio=0.15, noise=0.5),
         "stage2": SMALL | dict(steps=15_000, batch=8, lr=1e-3, captioning_ratio=0.15, max_aspect=3.0),
         "stage3": SMALL | dict(steps=3400, batch=4, lr=2e-3, corruption=0.15),
-        "joint": SMALL | dict(steps=1200, batch=8, lr=5e-4)},
+        "joint": SMALL | dict(steps=1200, batch=8, lr=1e-3)},
     "nano": {
         "text": SMALL | dict(steps=1000, batch=64, lr=3e-3, width=128, layers=4, heads=4),
         "stage1": SMALL | dict(steps=8000, batch=8, lr=2e-3, captioning_ratio=0.15, noise=0.5),
@@ -570,7 +570,7 @@ def run_all(arguments: list[str], config: All, preset: str, ranks: Distributed) 
     comes from the stage's defaults."""
     pairs = [path / "pairs" for path in config.data if (path / "pairs").is_dir()]
     inputs = {"stage1": {"vqgan": "vqgan", "language": "text"}, "stage2": {"init": "stage1"},
-              "stage3": {"init": "stage2"}, "joint": {"init": "stage2"}}
+              "stage3": {"init": "stage2"}, "joint": {"init": "stage1"}}
     own = Parser("train.py", add_help=False)
     own.add_argument("--until")
     arguments = own.parse_known_args(arguments[1:])[1]

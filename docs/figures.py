@@ -1,8 +1,8 @@
 """Draws the figures of README.md and docs/, and writes what they quote: numbers from JSON, and links to lines of code.
 
     python docs/figures.py drawings      docs/layouts.svg (docs/architecture.svg is drawn by hand)
-    python docs/figures.py samples       docs/samples.png: what weights/emoji draws
-    python docs/figures.py collect       results/training.json from runs/STAGE
+    python docs/figures.py samples       docs/samples.png and docs/stages.png: what the weights draw
+    python docs/figures.py collect       results/training.json from those of runs/STAGE that are there
     python docs/figures.py curves        docs/curves.svg from results/training.json (pip install matplotlib)
     python docs/figures.py update        numbers and line links of README.md and docs/*.md
 
@@ -33,7 +33,7 @@ from files import read_json, read_text, write_json, write_text
 
 WEIGHTS = ROOT / "weights" / "emoji"
 REPORT = "weights/emoji/report.json"
-STAGES = ("vqgan", "text", "stage1", "stage2", "stage3", "joint")     # folders of runs whose weights ship
+STAGES = ("vqgan", "text", "stage1", "joint", "nano/first", "nano/stage2", "nano/stage3")    # runs whose weights ship
 
 
 # ----------------------------------------------------------------------------- the sequence layouts
@@ -141,6 +141,40 @@ def samples(weights: Path):
     return grid(tiles, gap=0)
 
 
+STAGE2 = {(64, 128): ("dog to the left of a red heart", "红苹果在猫的左边", "ox to the right of a pear"),
+          (64, 192): ("frog, lemon and panda from left to right", "从左到右是蓝心、龟和香蕉")}
+STAGE3 = ("red apple", "penguin", "green book")
+RECIPES = ("how to make a woman astronaut", "怎样做海盗旗")
+
+
+def stages(weights: Path):
+    """A row for Stage II, two for Stage III and one for joint output: first samples, seed 0, greedy in Stage III."""
+    from PIL import Image, ImageDraw
+    from generate import Pipeline
+    font, small, sheet, y = find_font(17), find_font(13), Image.new("RGB", (1112, 604), "white"), 8
+    drawer, upscaler, writer = (Pipeline.from_pretrained(weights / name) for name in ("stage2", "stage3", "joint"))
+    pairs = [(image, text) for size, texts in STAGE2.items()
+             for text, image in zip(texts, drawer.text_to_image(list(texts), seeds=[0] * len(texts), size=size))]
+    low = drawer.text_to_image(list(STAGE3), seeds=[0] * len(STAGE3))
+    large = upscaler.super_resolve(low, list(STAGE3))
+    tiles = [tile for text, before, after in zip(STAGE3, low, large) for tile in (
+        (before.resize(after.size, Image.Resampling.BICUBIC), f"{text}, bicubic"), (after, "Stage III"))]
+    steps = [(image, step) for text, images in writer.interleaved(list(RECIPES), seeds=[0] * len(RECIPES))
+             for step, image in zip(text.splitlines(), images)]
+    for title, height, shown in (("Stage II: several objects, free aspect ratio", 80, pairs),
+                                 ("Stage III: 64 to 128 pixels", 160, tiles),
+                                 (f"Joint output: {', '.join(RECIPES)}", 128, steps)):
+        ImageDraw.Draw(sheet).text((12, y + 12), title, "black", font, anchor="lm")
+        x = 12
+        for image, words in shown:
+            width = image.width * height // image.height
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, y + 34))
+            ImageDraw.Draw(sheet).text((x + width / 2, y + height + 46), words, "black", small, anchor="mm")
+            x += width + 24
+        y += height + 74
+    return sheet
+
+
 def collect(runs: Path) -> dict:
     """Settings, minutes and curves of the run of each stage that is there."""
     found = {}
@@ -214,8 +248,8 @@ def sizes_table() -> str:
     from safetensors import safe_open
     from mars import is_visual
     rows, million = [], lambda n: f"{n / 1e6:.2f} million"
-    for place, what in {"": "Stage I", "stage3": "Stage III", "joint": "joint output",
-                        "vqgan": "image tokenizer"}.items():
+    for place, what in {"": "Stage I", "stage2": "Stage II, 188 emoji", "stage3": "Stage III, 188 emoji",
+                        "joint": "joint output", "vqgan": "image tokenizer"}.items():
         path, count = WEIGHTS / place / "model.safetensors", Counter()
         if path.is_file():
             with safe_open(path, "np") as file:
@@ -264,9 +298,13 @@ def paper_table(name: str, report: str) -> str:
 
 TABLES = {"report": functools.partial(report_table, REPORT), "sizes": sizes_table, "training": training_table,
           "nano": functools.partial(report_table, "results/nano.json", ("top-1", "exact", "perplexity", "translation")),
+          "recipes": functools.partial(report_table, "results/recipes.json"),
           "plan": plan_table, "benchmark": benchmark_table,
+          "table 2": functools.partial(paper_table, "2", "results/table2.json"),
           "table 3": functools.partial(paper_table, "3", "results/table3.json"),
-          "table 7": functools.partial(paper_table, "7", "results/table7.json")}
+          "table 4": functools.partial(paper_table, "4", "results/table4.json"),
+          "table 7": functools.partial(paper_table, "7", "results/table7.json"),
+          "Eq. 2": functools.partial(paper_table, "Eq. 2", "results/table4.json")}
 
 
 @functools.cache
@@ -321,8 +359,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "samples" in c.what:
             from images import save_image
             save_image(samples(c.weights), ROOT / "docs" / "samples.png")
+            save_image(stages(c.weights), ROOT / "docs" / "stages.png")
         if "collect" in c.what:
-            write_json(ROOT / "results" / "training.json", collect(c.runs))
+            write_json(ROOT / "results" / "training.json", content("results/training.json") | collect(c.runs))
+            content.cache_clear()
         if "curves" in c.what:
             write_text(ROOT / "docs" / "curves.svg", curves(read_json(ROOT / "results" / "training.json")))
         if "update" in c.what:

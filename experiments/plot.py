@@ -38,8 +38,10 @@ def draw(runs: dict[str, dict]):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("matplotlib is missing: pip install matplotlib") from None
-    figure = Figure(figsize=(3.4 * len(runs), 2.8), layout="constrained")
-    for axes, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+    columns, rows = min(4, len(runs)), -(-len(runs) // 4)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
+    for place, (name, run) in enumerate(runs.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
         trained, held_out = VALUES[2:] if VALUES[2] in run else VALUES[:2]
         axes.plot(*zip(*run[trained]), color="#0072b2", label="training")
         axes.plot(*zip(*run.get(held_out, [(0, float("nan"))])), "--", color="#d55e00", label="held out")

@@ -2,8 +2,8 @@
 
     python -m experiments.tables 3 --data data/nano                 with and without visual experts, three budgets
     python -m experiments.tables 7 --data data/nano                 Chinese in 50%, 5% and 0% of the captions
-    python -m experiments.tables 2 --weights runs/stage2            what an image gets right, by attribute
-    python -m experiments.tables 4 --weights runs                   Stage I, II and III
+    python -m experiments.tables 2 --data data/nano --weights runs/nano/stage2      what is right, by attribute
+    python -m experiments.tables 4 --data data/nano --weights runs/nano             Stage I, II and III
 
 Tables 3 and 7 train; what is done already is not done again. Counts of all seeds are added up before their 95%
 interval is taken; of what is no count, such as perplexity, the mean, the least and the most are given.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
 
-from config import ends_in_one_line, parse, setting
+from config import check, ends_in_one_line, parse, setting
 from dataset import Dataset
 from files import read_json, write_json, write_text
 from judge import interval, language_of
@@ -39,7 +39,7 @@ ENLARGED = {"PSNR, dB": dict(stage="III", what="PSNR"), "English": dict(stage="I
             "forward passes": dict(stage="III", what="passes"), "seconds": dict(stage="III", what="seconds")}
 SHOWN = {"2": (("task", "split", "what"), {"English": dict(language="en"), "Chinese": dict(language="zh")}),
          "3": (("visual_experts", "steps"), SEEN | ONLY_IN_TEXT | LANGUAGE),
-         "4": (("stage",), BY_STAGE),
+         "4": (("stage", "split"), BY_STAGE),
          "7": (("chinese",), SEEN),
          "Eq. 2": (("task",), ENLARGED)}            # of Table 4's rows
 
@@ -57,6 +57,9 @@ class TablesConfig:
     runs: Path = setting(Path("runs/tables"), "where tables 3 and 7 train", metavar="DIR")
     out: Path | None = setting(None, "JSON to write (default: results/table3.json ...)", metavar="FILE")
 
+    def __post_init__(self):
+        check(self)
+
 
 def run(program: str, *flags) -> None:
     """Runs one of the project's commands. Ends as it ends where that is not well."""
@@ -68,18 +71,18 @@ def run(program: str, *flags) -> None:
 def evaluate(c: TablesConfig, weights: Path, name: str, *flags) -> list[dict]:
     """The rows of evaluate.py's report, which is kept under `name`."""
     out = c.runs / name
-    if not out.is_file():
-        run("evaluate.py", "--weights", weights, "--data", c.data, "--prompts", c.prompts, "--out", out, *flags)
+    run("evaluate.py", "--weights", weights, "--data", c.data, "--prompts", c.prompts, "--out", out, *flags)
     return read_json(out)["rows"]
 
 
 def stage1(c: TablesConfig, name: str, seed: int, *flags, data: Path | None = None) -> list[dict]:
-    """Trains Stage I on a text model of this seed, and judges it."""
+    """Trains Stage I on a text model of this seed, and judges it; what is done already is not done again."""
     common, name = ["--preset", c.preset, "--seed", seed, "--resume"], f"{name}-{seed}"
     run("train.py", "text", *common, "--data", c.data, "--out", c.runs / f"text-{seed}")
     run("train.py", "stage1", *common, "--data", data or c.data, "--out", c.runs / name, "--language",
         c.runs / f"text-{seed}", *flags)
-    return evaluate(c, c.runs / name, f"{name}.json")
+    report = c.runs / f"{name}.json"
+    return read_json(report)["rows"] if report.is_file() else evaluate(c, c.runs / name, report.name)
 
 
 def pooled(reports: list[list[dict]], **label) -> list[dict]:

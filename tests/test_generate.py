@@ -484,7 +484,7 @@ def test_every_mode_writes_what_it_says(folder, tmp_path, capsys):
     run(folder / "stage3", "--upscale", tmp_path / "out.png", "--prompt", "red apple", "--scale", 1, "-o",
         tmp_path / "large.png")
     assert Image.open(tmp_path / "large.png").size == (16, 16)
-    run(folder, "red apple", "--upscale", "--scale", 1, "-o", tmp_path / "both.png")
+    run(folder, "red apple", "--upscale", "--unverified", "--scale", 1, "-o", tmp_path / "both.png")
     assert Image.open(tmp_path / "both.png").size == (16, 16)
     run(folder / "joint", "--recipe", "how to make it", "--temperature", 5, "-o", tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith("# how to make it\n")
@@ -498,7 +498,7 @@ def test_words_that_the_weights_do_not_know_are_named_with_the_nearest_names(fol
     assert unknown == ["aple"] and nearest[0] == "red apple" and len(nearest) == 3
     assert unknown_words("绿苹果", names)[0] == ["绿"] and unknown_words("绿苹果", names)[1][0] == "红苹果"
     run(folder, "red dog", "-o", tmp_path / "out.png")
-    assert "do not know dog; they know red apple" in capsys.readouterr().err and (tmp_path / "out.png").is_file()
+    assert "does not know dog; it knows red apple" in capsys.readouterr().err and (tmp_path / "out.png").is_file()
     run(folder, "red apple", "-o", tmp_path / "out.png")
     assert capsys.readouterr().err == ""
 

@@ -172,8 +172,8 @@ def test_the_cascade_enlarges_images_of_every_shape_to_the_size_that_it_was_trai
 # ----------------------------------------------------------------------------- Sec. 4.6: text and images
 
 def test_with_the_language_side_frozen_the_text_cannot_change_and_in_this_stage_all_trains(runs):
-    before, text = MARS.from_pretrained(runs / "stage2"), torch.arange(20)[None]
-    moved = MARS.from_pretrained(runs / "stage2").freeze_language()
+    before, text = MARS.from_pretrained(runs / "stage1"), torch.arange(20)[None]
+    moved = MARS.from_pretrained(runs / "stage1").freeze_language()
     with torch.no_grad():
         for parameter in moved.parameters():
             if parameter.requires_grad:
@@ -191,13 +191,13 @@ def test_recipes_become_pages_and_held_out_ones_are_not_trained_on(runs, folder,
     assert (runs / "joint" / "samples" / "000004" / "0.md").read_text(encoding="utf-8").startswith("# make ")
     recipes = [json.loads(line) for line in (folder / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
     write_lines(folder / "recipes.jsonl", [recipes[0]] + [recipe | {"split": "unseen"} for recipe in recipes[1:]])
-    stage, sequences = examples_of(train.Joint, train.joint_stage, data=(folder,), init=runs / "stage2",
+    stage, sequences = examples_of(train.Joint, train.joint_stage, data=(folder,), init=runs / "stage1",
                                    out=tmp_path / "out")
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
 
 
 def test_a_title_is_spelled_alike_in_training_and_in_generation(runs, folder, tmp_path, monkeypatch):
-    stage, sequences = examples_of(train.Joint, train.joint_stage, data=(folder,), init=runs / "stage2",
+    stage, sequences = examples_of(train.Joint, train.joint_stage, data=(folder,), init=runs / "stage1",
                                    out=tmp_path / "out")
     asked, pipeline = [], generate.Pipeline.from_pretrained(runs / "joint")
     monkeypatch.setattr(pipeline, "_write", lambda prompts, *more, **others: asked.extend(prompts) or [])
@@ -212,7 +212,7 @@ def test_recipes_that_cannot_be_trained_on_are_named_and_left_out_on_demand(runs
     recipes[1]["steps"][0] = "stir " * 100
     recipes[2]["title"] = "  "
     write_lines(folder / "recipes.jsonl", recipes)
-    arguments = ["joint", "--data", folder, "--init", runs / "stage2"]
+    arguments = ["joint", "--data", folder, "--init", runs / "stage1"]
     message = refused(capsys, *arguments, "--out", tmp_path / "refused")
     assert "make 0: its image none.png is not among those of" in message and "(and 2 more)" in message
     run(*arguments, "--out", tmp_path / "out", "--skip-bad")

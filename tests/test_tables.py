@@ -86,12 +86,19 @@ def test_table_3_trains_each_row_at_three_budgets_from_one_text_model_a_seed(fol
         (experts, steps, 2) for experts in ("with", "without") for steps in (2, 4, 8)}
 
 
-def test_a_table_that_is_made_again_judges_nothing_twice(folder, tmp_path, commands):
-    command = ["4", "--data", str(folder), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "4.json")]
-    tables.main(command)
-    assert [name for name, *_ in commands] == ["evaluate.py"] * 4
-    tables.main(command)
-    assert len(commands) == 4
+def test_what_is_trained_and_judged_already_is_not_done_again_but_given_weights_are(folder, tmp_path, commands):
+    for table, first, again in (("7", 18, 12), ("4", 4, 4)):             # text and Stage I resume, and end at once
+        command = [table, "--data", str(folder), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
+        for count in (first, again):
+            commands.clear()
+            tables.main([*command, "--seeds", "2"])
+            assert len(commands) == count
+
+
+def test_settings_of_a_table_are_checked(capsys):
+    with pytest.raises(SystemExit) as end:
+        tables.main(["3", "--seeds", "0"])
+    assert end.value.code == 2 and "--seeds is 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_ends_the_table_in_one_line(folder, tmp_path, capsys):

@@ -109,7 +109,7 @@ def arguments_of(runs: Path, stage: str) -> list:
     """The command of a stage of `runs`, without --out."""
     data = ["--data", *([runs / "data" / "pairs"] if stage == "stage2" else []), runs / "data"]
     more = {"stage1": ["--vqgan", runs / "vqgan", "--language", runs / "text"], "stage2": ["--init", runs / "stage1"],
-            "stage3": ["--init", runs / "stage2"], "joint": ["--init", runs / "stage2"]}
+            "stage3": ["--init", runs / "stage2"], "joint": ["--init", runs / "stage1"]}
     return [stage, *data, *more.get(stage, [])]
 
 
