@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,10 +396,24 @@ def test_what_is_shuffled_is_correct_by_chance_in_every_task(folder, judge):
 
 def test_bad_flags_end_in_one_line(capsys, tmp_path):
     for flags, message in ((["--recipes", "--guidance", "2"], "do nothing with --recipes"),
+                           (["--recipes", "--k", "4"], "do nothing with --recipes"),
                            (["--prompts", "0"], "--prompts is 0"), (["--weights", str(tmp_path)], "config.json")):
         with pytest.raises(SystemExit) as ended:
             main(flags)
         assert ended.value.code == 2 and message in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+def test_data_without_what_is_asked_for_end_in_one_line(folder, monkeypatch, tmp_path, capsys):
+    empty = shutil.copytree(folder, tmp_path / "empty")
+    (empty / "recipes.jsonl").write_text("", encoding="utf-8")
+    lines = [json.loads(line) | {"split": "unseen"} for line in
+             (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_lines(empty / "metadata.jsonl", lines)
+    for flags, message in ((["--recipes"], "no recipe in its recipes.jsonl"),
+                           (["--stage3", str(folder)], "every image is held out")):
+        with pytest.raises(SystemExit) as ended:
+            run(empty, Cheat(Dataset(folder), long_side=128), monkeypatch, tmp_path, *flags)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_settings_are_a_sampling():
