@@ -310,8 +310,8 @@ def warn(prompts: tuple[str, ...], weights: Path) -> None:
     for text in prompts if names else ():
         unknown, nearest = unknown_words(text, names)
         if unknown:
-            print(f"generate.py: {weights.resolve().name} does not know {', '.join(unknown)}; it knows {', '.join(nearest)}",
-                  file=sys.stderr)
+            print(f"generate.py: {weights.resolve().name} does not know {', '.join(unknown)}; "
+                  f"it knows {', '.join(nearest)}", file=sys.stderr)
 
 
 def load_pipeline(directory: Path, c: GenerateConfig, *prompts: str) -> Pipeline:
